@@ -1,0 +1,6 @@
+"""Networks and the densities they define."""
+
+from models.jem import JEM, energy
+from models.wide_resnet import NORMS, WideResNet
+
+__all__ = ["JEM", "NORMS", "WideResNet", "energy"]

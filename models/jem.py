@@ -1,0 +1,44 @@
+"""A classifier read as an energy-based model (paper §3, Eqs. 1 to 5).
+
+Lower energy means higher probability, and nothing called an energy is ever negated:
+E(x) = -LogSumExp_y f(x)[y], E(x, y) = -f(x)[y], p(x, y) = exp(f(x)[y]) / Z.
+"""
+
+import torch.nn.functional as F
+from torch import nn
+
+from models.wide_resnet import WideResNet
+
+
+def energy(logits, y=None):
+    """Logits [B, K] to energies [B]: E(x) by Eq. 4, or E(x, y) with labels ``y`` [B] (int64)."""
+    if logits.dim() != 2:
+        raise ValueError(f"logits are [B, K], got shape {tuple(logits.shape)}")
+    if y is None:
+        return -logits.logsumexp(dim=1)
+    return -logits.gather(1, y[:, None]).squeeze(1)
+
+
+class JEM(nn.Module):
+    """A network with a ``stem`` (f_0) and a ``trunk`` (g), and the densities its logits define."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.stem, self.trunk, self.config = network.stem, network.trunk, network.config
+
+    @classmethod
+    def wide_resnet(cls, **config):
+        """A JEM over ``WideResNet(**config)``; the same words are its ``config``."""
+        return cls(WideResNet(**config))
+
+    def forward(self, x):
+        """Images [B, 3, H, W] in [-1, 1] to logits f(x) [B, K]."""
+        return self.trunk(self.stem(x))
+
+    def energy(self, x, y=None):
+        """E(x) [B], or E(x, y) [B]; -E(x) is log p(x) up to the constant log Z."""
+        return energy(self(x), y)
+
+    def log_p_y_given_x(self, x):
+        """log p(y|x) [B, K], the softmax of the logits."""
+        return F.log_softmax(self(x), dim=1)

@@ -1,0 +1,82 @@
+"""The pre-activation Wide-ResNet of JEM and JEM++ (Zagoruyko & Komodakis, 2016), split for YOPO.
+
+f(x) = trunk(stem(x)): ``stem`` is the first convolution, the paper's f_0, and ``trunk`` is
+everything behind it, the paper's g. The released network's particulars are kept: LeakyReLU(0.2),
+the *second* convolution of a block carries the stride, a bare 1x1 shortcut, biases everywhere,
+and a batch norm momentum of 0.9 in PyTorch's sense (running = 0.1 old + 0.9 batch).
+"""
+
+from collections import OrderedDict
+
+from torch import nn
+
+NORMS = ("batch", "none", "group", "layer", "instance")
+STEM_WIDTH = 16
+GROUPS = 8
+
+
+def make_norm(norm, channels, bn_momentum):
+    """One normalisation layer over ``channels`` maps; ``layer`` is a group norm of one group."""
+    return {
+        "batch": lambda: nn.BatchNorm2d(channels, momentum=bn_momentum),
+        "none": nn.Identity,
+        "group": lambda: nn.GroupNorm(GROUPS, channels),
+        "layer": lambda: nn.GroupNorm(1, channels),
+        "instance": lambda: nn.InstanceNorm2d(channels, affine=True),
+    }[norm]()
+
+
+class Block(nn.Module):
+    """norm, LeakyReLU, 3x3 conv, twice, beside the identity (or a 1x1 conv where shapes differ)."""
+
+    def __init__(self, in_channels, channels, stride, norm, bn_momentum):
+        super().__init__()
+        self.norm1 = make_norm(norm, in_channels, bn_momentum)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.norm2 = make_norm(norm, channels, bn_momentum)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+        self.act = nn.LeakyReLU(0.2)
+        same = stride == 1 and in_channels == channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, channels, 1, stride)
+
+    def forward(self, x):
+        out = self.conv1(self.act(self.norm1(x)))
+        out = self.conv2(self.act(self.norm2(out)))
+        return out + self.shortcut(x)
+
+
+class WideResNet(nn.Module):
+    """WRN-``depth``-``width``: images [B, 3, H, W] (H, W >= 8, any range) to logits [B, K].
+
+    ``depth`` is 6n + 4 (10, 16, 22, 28, 34, 40, ...); WRN-28-10 with batch norm and ten classes
+    has 36,489,290 parameters. Raises ValueError for a depth or norm that does not exist.
+    """
+
+    def __init__(self, depth=28, width=10, n_classes=10, norm="batch", bn_momentum=0.9):
+        super().__init__()
+        if depth < 10 or (depth - 4) % 6:
+            raise ValueError(f"depth is 6n + 4 (10, 16, 22, 28, ...), got {depth}")
+        if width < 1 or n_classes < 1:
+            raise ValueError(f"width and classes start at 1, got {width} and {n_classes}")
+        if norm not in NORMS:
+            raise ValueError(f"norm is one of {', '.join(NORMS)}, got {norm}")
+        self.config = {"depth": depth, "width": width, "n_classes": n_classes, "norm": norm,
+                       "bn_momentum": bn_momentum}
+        self.stem = nn.Conv2d(3, STEM_WIDTH, 3, padding=1)
+        trunk, in_channels = OrderedDict(), STEM_WIDTH
+        for number, stride in ((1, 1), (2, 2), (3, 2)):
+            channels, blocks = STEM_WIDTH * 2 ** (number - 1) * width, []
+            for index in range((depth - 4) // 6):
+                blocks.append(Block(in_channels, channels, stride if index == 0 else 1, norm,
+                                    bn_momentum))
+                in_channels = channels
+            trunk[f"layer{number}"] = nn.Sequential(*blocks)
+        trunk["norm"] = make_norm(norm, in_channels, bn_momentum)
+        trunk["act"] = nn.LeakyReLU(0.2)
+        trunk["pool"] = nn.AdaptiveAvgPool2d(1)
+        trunk["flatten"] = nn.Flatten()
+        trunk["head"] = nn.Linear(in_channels, n_classes)
+        self.trunk = nn.Sequential(trunk)
+
+    def forward(self, x):
+        return self.trunk(self.stem(x))

@@ -1,0 +1,32 @@
+"""Samplers: all of them descend the energy, and none gives a parameter a gradient.
+
+``make_sampler`` turns the flags into the one draw function that training and evaluation share.
+The caller sets the network's train or eval mode.
+"""
+
+import functools
+
+from samplers.informative_init import ClassGaussians, UniformInit, to_pixels
+from samplers.pyld import pyld, pyld_collapsed
+from samplers.replay_buffer import ReplayBuffer
+from samplers.sgld import PIXELS, sgld
+
+__all__ = ["ClassGaussians", "ReplayBuffer", "UniformInit", "make_sampler", "pyld",
+           "pyld_collapsed", "sgld", "to_pixels"]
+
+
+def make_sampler(args):
+    """Flags (n_steps, in_steps, pyld_lr, sgld_lr, sgld_std, eps, pixel_clamp, literal_pyld) to
+    ``draw(model, x_0, y=None, generator=None) -> x``: PYLD-M-N, or SGLD-M where in_steps is 0."""
+    shared = {"clip": args.eps, "noise_std": args.sgld_std,
+              "pixels": PIXELS if args.pixel_clamp else None}
+    if args.in_steps:
+        chain = pyld if args.literal_pyld else pyld_collapsed
+        return functools.partial(chain, n_outer=args.n_steps, n_inner=args.in_steps,
+                                 step_size=args.pyld_lr, **shared)
+
+    def draw(model, x_0, y=None, generator=None):
+        return sgld(lambda x: model.energy(x, y), x_0, n_steps=args.n_steps,
+                    step_size=args.sgld_lr, generator=generator, **shared)
+
+    return draw

@@ -1,0 +1,79 @@
+"""Where chains start: the class Gaussians of Eq. 14, or JEM's uniform noise."""
+
+import torch
+
+
+def to_pixels(images):
+    """uint8 [..., 0..255] to float32 in [-1, 1]: the one conversion on the way in."""
+    return images.float().div_(127.5).sub_(1)
+
+
+class ClassGaussians:
+    """p_0(x) = sum_y pi_y N(mu_y, Sigma_y + ridge * I), sampled exactly (Eq. 14).
+
+    No covariance is ever formed: with the n images of a class as the rows of X and z ~ N(0, I_n),
+
+        mu + (z - mean(z)) @ X / sqrt(n) + sqrt(ridge) * eps
+
+    has mean mu and covariance Sigma + ridge * I exactly, and costs one pass over the class. The
+    data set, which lies on the device anyway, is all the state there is: nothing to fit for
+    minutes, nothing to cache, and 100 classes take no more memory than 10.
+    """
+
+    ridge = 1e-4
+
+    @classmethod
+    def fit(cls, x, y, n_classes, pixels=(-1.0, 1.0)):
+        """Images ``x`` uint8 [n, C, H, W] and labels ``y`` [n]; every class must be there."""
+        self = cls()
+        self.images, self.pixels, self.shape = x, pixels, tuple(x.shape[1:])
+        y = y.cpu()
+        self.members = [(y == k).nonzero().squeeze(1).to(x.device) for k in range(n_classes)]
+        counts = torch.tensor([len(m) for m in self.members])
+        if (counts == 0).any():
+            empty = int((counts == 0).nonzero()[0])
+            raise ValueError(f"class {empty} has no training image to estimate its Gaussian from")
+        self.pi = counts / counts.sum()
+        return self
+
+    def class_images(self, k):
+        """The images of class ``k`` in [-1, 1], one per row [n_k, C*H*W]."""
+        return to_pixels(self.images[self.members[k]]).flatten(1)
+
+    def means(self):
+        """The class centres mu_y [K, C, H, W] (Figs 2, 7, 8)."""
+        centres = [self.class_images(k).mean(0) for k in range(len(self.members))]
+        return torch.stack(centres).view(-1, *self.shape)
+
+    def sample(self, n, y=None, *, host, generator):
+        """Draw x [n, C, H, W], clamped to ``pixels``; y ~ pi unless labels ``y`` [n] are given.
+
+        ``host`` draws the classes on the CPU (so that nothing waits for the device), ``generator``
+        the Gaussians on the device.
+        """
+        device = self.images.device
+        if y is None:
+            y = torch.multinomial(self.pi, n, replacement=True, generator=host)
+        x = torch.empty(n, self.images[0].numel(), device=device)
+        for k in y.unique().tolist():
+            rows = (y == k).nonzero().squeeze(1)
+            images = self.class_images(k)
+            z = torch.randn(len(rows), len(images), device=device, generator=generator)
+            z = (z - z.mean(1, keepdim=True)) / len(images) ** 0.5
+            eps = torch.randn(len(rows), x.shape[1], device=device, generator=generator)
+            draws = images.mean(0) + z @ images + self.ridge**0.5 * eps
+            x[rows.to(device)] = draws
+        if self.pixels is not None:
+            x.clamp_(*self.pixels)
+        return x.view(n, *self.shape)
+
+
+class UniformInit:
+    """JEM's p_0: every pixel uniform in [-1, 1], whatever the class."""
+
+    def __init__(self, shape, device):
+        self.shape, self.device = tuple(shape), device
+
+    def sample(self, n, y=None, *, host, generator):
+        """Draw x [n, C, H, W]; ``y`` and ``host`` are taken for ClassGaussians' sake."""
+        return torch.rand(n, *self.shape, device=self.device, generator=generator) * 2 - 1

@@ -1,0 +1,45 @@
+"""PYLD-M-N, proximal YOPO SGLD: Algorithm 1 as it is written, and what it comes to for a conv stem."""
+
+import torch
+
+from models.jem import energy
+from samplers.sgld import PIXELS, add_noise, move, sgld
+
+
+def slack_variable(model, x, y=None):
+    """p = dE / df_0 (Eq. 13): the gradient of the energy with respect to the stem's output."""
+    with torch.enable_grad():
+        features = model.stem(x.detach()).detach().requires_grad_()
+        (p,) = torch.autograd.grad(energy(model.trunk(features), y).sum(), features)
+    return p
+
+
+def pyld(model, x, *, n_outer, n_inner, step_size, clip, noise_std=0.0, y=None, pixels=PIXELS,
+         generator=None):
+    """Algorithm 1, line by line: M = ``n_outer``, N = ``n_inner``, epsilon = ``clip``.
+
+    x [B, 3, H, W] in ``pixels``; ``y`` [B] makes the chain conditional (it descends E(x, y));
+    ``step_size`` is the step of one inner loop turn, 0.2 in the released code (see sgld.py).
+    """
+    for _ in range(n_outer):
+        p = slack_variable(model, x, y)                                   # line 4
+        for _ in range(n_inner):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad((p * model.stem(x)).sum(), x)
+            gamma = gradient.clamp(-clip, clip)                           # line 7
+            x = move(x.detach(), step_size * gamma, pixels)               # line 8
+        x = add_noise(x, noise_std, generator)                            # line 10
+    return x.detach()
+
+
+def pyld_collapsed(model, x, *, n_outer, n_inner, step_size, clip, noise_std=0.0, y=None,
+                   pixels=PIXELS, generator=None):
+    """What ``pyld`` computes, for the price of its outer loop, when the stem is affine.
+
+    p . grad f_0(x) does not depend on x for an affine f_0, so the N inner steps repeat one clamped
+    step of proximal SGLD. A convolution is affine; a deeper stem is not and needs ``pyld``.
+    """
+    return sgld(lambda x: model.energy(x, y), x, n_steps=n_outer, repeats=n_inner,
+                step_size=step_size, clip=clip, noise_std=noise_std, pixels=pixels,
+                generator=generator)

@@ -1,0 +1,57 @@
+"""The replay buffer B of persistent chains (paper §3.4 and Algorithm 2, lines 3 and 6)."""
+
+import torch
+
+
+class ReplayBuffer:
+    """|B| images [|B|, C, H, W] on the training device, filled from p_0 at the start.
+
+    Where chains are drawn per class, class y owns the y-th of ``n_classes`` equal blocks of slots.
+    Choices (which slot, which chain starts anew) are drawn on the host, so that an iteration never
+    waits for the device.
+    """
+
+    def __init__(self, images, n_classes):
+        self.images, self.n_classes = images, n_classes
+
+    @classmethod
+    def fill(cls, size, init, n_classes, *, per_class, host, generator):
+        """A new buffer of ``size`` images drawn from ``init``; ``per_class``: block by block."""
+        y = torch.arange(size) * n_classes // size if per_class else None
+        return cls(init.sample(size, y, host=host, generator=generator), n_classes)
+
+    def __len__(self):
+        return len(self.images)
+
+    def slots(self, n, y=None, *, host):
+        """``n`` slot numbers with replacement, from anywhere or from the blocks of ``y`` [n]."""
+        if y is None:
+            return torch.randint(len(self), (n,), generator=host)
+        first = -(-y * len(self) // self.n_classes)            # ceil: the block of class y is
+        last = -(-(y + 1) * len(self) // self.n_classes)       # [first, last)
+        return first + (torch.rand(n, generator=host) * (last - first)).long()
+
+    def draw(self, n, init, reinit_freq, y=None, *, host, generator):
+        """x_0 [n, C, H, W] and the slots it came from; each chain starts anew from ``init`` with
+        probability ``reinit_freq`` (rho), and only those are drawn. ``y`` [n] is on the host."""
+        slots = self.slots(n, y, host=host)
+        anew = (torch.rand(n, generator=host) < reinit_freq).nonzero().squeeze(1)
+        x_0 = self.images[self.on_device(slots)]
+        if len(anew):
+            fresh = init.sample(len(anew), None if y is None else y[anew], host=host,
+                                generator=generator)
+            x_0[self.on_device(anew)] = fresh
+        return x_0, slots
+
+    def store(self, slots, x):
+        """Put the chains' end points back where they came from (Algorithm 2, line 6).
+
+        Of the chains that were drawn from one slot the last is kept: one writer per slot, or the
+        result would depend on the threads' order.
+        """
+        chain = {slot: i for i, slot in enumerate(slots.tolist())}
+        rows = self.on_device(torch.tensor(list(chain.values())))
+        self.images[self.on_device(torch.tensor(list(chain)))] = x[rows]
+
+    def on_device(self, indices):
+        return indices.to(self.images.device, non_blocking=True)

@@ -1,0 +1,285 @@
+#!/usr/bin/env python3
+"""Train JEM++: Algorithm 2 of Yang & Ji, "Improved Techniques for Training JEM" (ICCV 2021).
+
+    python train_jempp.py                                  # the paper's run: CIFAR-10, WRN-28-10
+    python train_jempp.py --dataset digits --depth 10 --width 1 --run_dir runs/digits
+
+The same command again continues the run. Exit codes: 0 finished, 2 bad input, 3 diverged,
+75 stopped early with its state saved (run again to go on).
+"""
+
+import math
+import signal
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from models import JEM, energy
+from samplers import ClassGaussians, ReplayBuffer, UniformInit, make_sampler
+from utils import checkpoint, cli, records
+from utils.data import SPECS, TrainData, load_splits
+from utils.inference import accuracy
+from utils.run_log import RunLog
+from utils.seeding import generator, seed_step
+
+MAX_LOSS = 1e8  # beyond it the run counts as diverged (the released code's bound)
+
+
+def parse_args(argv=None):
+    p = cli.parser(__doc__.splitlines()[0])
+    cli.add_data_flags(p)
+    cli.add_model_flags(p)
+    cli.add_sampler_flags(p)
+    cli.add_train_flags(p)
+    cli.add_device_flags(p)
+    return resolve(p.parse_args(argv))
+
+
+def resolve(args):
+    """Fill in what depends on other flags, and refuse what does not go together."""
+    if args.dataset not in SPECS:
+        raise cli.InputError(f"unknown --dataset {args.dataset}: choose from {', '.join(SPECS)}")
+    spec = SPECS[args.dataset]
+    if args.image_size is not None and args.dataset != "digits":
+        raise cli.InputError("--image_size is for --dataset digits")
+    args.image_size = args.image_size or spec.size
+    args.n_valid = spec.n_valid if args.n_valid is None else args.n_valid
+    args.lr = args.lr or {"sgd": 0.1, "adam": 1e-4}[args.optimizer]
+    if args.in_steps == 0 and args.sgld_lr == 0:
+        raise cli.InputError("--in_steps 0 is SGLD: give its step with --sgld_lr (JEM: 1)")
+    if args.in_steps and args.sgld_lr:
+        raise cli.InputError("--sgld_lr is the step of SGLD (--in_steps 0); PYLD's is --pyld_lr")
+    if args.p_x_weight + args.p_y_given_x_weight + args.p_x_y_weight == 0:
+        raise cli.InputError("all loss weights are 0: nothing to train")
+    if per_class(args) and args.buffer_size < spec.n_classes:
+        raise cli.InputError(f"chains per class need a --buffer_size of at least {spec.n_classes}")
+    return args
+
+
+def per_class(args):
+    """Whether any chain is drawn for a given class."""
+    return args.class_cond_p_x_sample or args.p_x_y_weight > 0
+
+
+def learning_rate(step, epoch, args):
+    """Linear warm-up from 0, then times decay_rate at each of decay_epochs."""
+    warm = min(1.0, step / args.warmup_iters) if args.warmup_iters else 1.0
+    return args.lr * warm * args.decay_rate ** sum(epoch >= e for e in args.decay_epochs)
+
+
+def in_layout(x, args):
+    """x [B, C, H, W] in the memory layout of the weights."""
+    return x.contiguous(memory_format=torch.channels_last) if args.channels_last else x
+
+
+def sample_negatives(model, draw, buffer, p0, args, streams, y=None):
+    """Algorithm 2, lines 3, 4 and 6: x_0 from the buffer or p_0, a chain, back into the buffer.
+
+    ``y`` [B] on the host makes the chains conditional. Returns x_neg [B, C, H, W].
+    """
+    x_0, slots = buffer.draw(args.batch_size, p0, args.reinit_freq, y, host=streams.host,
+                             generator=streams.device)
+    on_device = None if y is None else y.to(x_0.device, non_blocking=True)
+    model.train(args.sample_mode == "train")
+    x_neg = draw(model, in_layout(x_0, args), y=on_device, generator=streams.device)
+    model.train()
+    buffer.store(slots, x_neg)
+    return x_neg
+
+
+def joint_loss(model, draw, batch, buffer, p0, args, streams):
+    """The loss of Eq. 5, and what to log of it (scalars on the device, by name).
+
+    The order of the passes is the released code's; each has batch statistics of its own, so to
+    batch norm the order matters and joining passes would change what is computed.
+    """
+    x_pos, (x_lab, y_lab) = batch
+    x_pos, x_lab = in_layout(x_pos, args), in_layout(x_lab, args)
+    loss, log = 0.0, {}
+
+    if args.p_x_weight:  # log p(x), Eq. 2
+        y = None
+        if args.class_cond_p_x_sample:
+            y = torch.randint(model.config["n_classes"], (args.batch_size,), generator=streams.host)
+        e_pos = model.energy(x_pos).mean()
+        x_neg = sample_negatives(model, draw, buffer, p0, args, streams, y)
+        e_neg = model.energy(x_neg, y if y is None else y.to(x_neg.device)).mean()
+        loss = loss + args.p_x_weight * (e_pos - e_neg)
+        log |= {"e_pos": e_pos, "e_neg": e_neg}
+
+    if args.p_y_given_x_weight or args.p_x_y_weight:
+        logits = model(x_lab)
+        log["ce"] = F.cross_entropy(logits, y_lab)
+        log["accuracy"] = (logits.argmax(1) == y_lab).float().mean()
+        loss = loss + args.p_y_given_x_weight * log["ce"]  # log p(y|x)
+
+    if args.p_x_y_weight:  # log p(x, y)
+        e_pos = energy(logits, y_lab).mean()
+        x_neg = sample_negatives(model, draw, buffer, p0, args, streams, y_lab.cpu())
+        e_neg = model.energy(x_neg, y_lab).mean()
+        loss = loss + args.p_x_y_weight * (e_pos - e_neg)
+        log |= {"e_pos_y": e_pos, "e_neg_y": e_neg}
+
+    return loss, {"loss": loss.detach()} | {name: value.detach() for name, value in log.items()}
+
+
+def train_step(args, state, draw, data, p0):
+    """Algorithm 2, lines 2 to 6, once. Returns what joint_loss logs."""
+    lr = learning_rate(state.step, state.step // data.steps_per_epoch, args)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    streams = seed_step(args.seed, state.step, 0, data.device)
+    loss, metrics = joint_loss(state.model, draw, data.batch(state.step), state.buffer, p0, args,
+                               streams)
+    state.optimizer.zero_grad()
+    loss.backward()
+    state.optimizer.step()
+    state.step += 1
+    return metrics
+
+
+def fault(means, state, look_at_weights):
+    """What is wrong with the run, or None. ``means`` hide no NaN: one makes the mean one too."""
+    for name, value in means.items():
+        if not math.isfinite(value):
+            return f"{name} is {value}"
+    if abs(means["loss"]) > MAX_LOSS:
+        return f"|loss| is {abs(means['loss']):.3g}, beyond {MAX_LOSS:.0e}"
+    if look_at_weights and not checkpoint.is_finite(state):
+        return "weights or buffer are not finite"
+    return None
+
+
+class Stop:
+    """Why to stop early, if so: SIGTERM, SIGINT, or --max_minutes. A second signal quits at once."""
+
+    def __init__(self, max_minutes):
+        self.why, self.deadline = None, time.monotonic() + 60 * (max_minutes or math.inf)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        self.why = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+    def reason(self):
+        return self.why or ("max_minutes" if time.monotonic() > self.deadline else None)
+
+
+def train(args, state, data, p0, valid, test, log, stop):
+    """The loop. Returns (reason, detail) of its end; RUN/last.pt then holds the last good state."""
+    draw, run_dir, window = make_sampler(args), Path(args.run_dir), []
+    last = args.n_epochs * data.steps_per_epoch
+    total = min(last, args.max_steps or last)
+    bar = tqdm(total=total, initial=state.step, unit="step", disable=None)
+    log.start_clock(state.step)
+    while state.step < total:
+        window.append(train_step(args, state, draw, data, p0))
+        bar.update()
+
+        epoch, position = divmod(state.step, data.steps_per_epoch)
+        stopping = stop.reason()
+        printing = state.step % args.print_every == 0
+        saving = (position == 0 or state.step == total or stopping
+                  or (args.ckpt_steps and state.step % args.ckpt_steps == 0))
+        if not (printing or saving or data.device.type == "cpu"):
+            continue  # a GPU is not waited for between records
+
+        means = {k: torch.stack([m[k] for m in window]).mean().item() for k in window[0]}
+        if cause := fault(means, state, saving):
+            checkpoint.save(run_dir / "diverged.pt", state, args, epoch)
+            return "diverged", cause
+        if printing or saving:
+            log.steps(state, args, means)
+            bar.set_postfix({k: f"{v:.3g}" for k, v in means.items()})
+            window.clear()
+        if position == 0 and (epoch % args.eval_every == 0 or state.step == last):
+            evaluate(args, state, epoch, valid, test, means, log)
+        if saving:
+            checkpoint.save(run_dir / "last.pt", state, args, epoch)
+            log.start_clock(state.step)
+        if stopping:
+            return stopping, "state saved; the same command goes on"
+    return ("finished", "") if state.step >= last else ("max_steps", "")
+
+
+def evaluate(args, state, epoch, valid, test, means, log):
+    """Accuracies in eval mode, a picture of the buffer, and best.pt, chosen by validation alone
+    (without validation images: the latest)."""
+    scores = {"valid_accuracy": accuracy(state.model, valid),
+              "test_accuracy": accuracy(state.model, test)}
+    log.write("eval", state.step, epoch=epoch, **scores)
+    if state.buffer is not None:
+        log.samples(f"epoch_{epoch:04d}", state.buffer.images[:100], state.step)
+    if scores["valid_accuracy"] is None or scores["valid_accuracy"] > state.best:
+        state.best = scores["valid_accuracy"] or -1.0
+        checkpoint.save(Path(args.run_dir) / "best.pt", state, args, epoch, resumable=False)
+    parts = [f"{k} {100 * v:.2f} %" for k, v in scores.items() if v is not None]
+    parts += [f"{k} {v:.3f}" for k, v in means.items() if k.startswith("e_")]
+    tqdm.write(f"epoch {epoch:3d}  {'  '.join(parts)}")
+
+
+def build(args, device):
+    """Everything the flags describe, fresh: (state, data, p0, valid, test), on ``device``."""
+    spec = SPECS[args.dataset]
+    images, valid, test = (split.to(device) for split in load_splits(
+        args.dataset, args.data_root, n_valid=args.n_valid, download=args.download,
+        size=args.image_size))
+    data = TrainData(images, spec, batch_size=args.batch_size, sigma=args.sigma, seed=args.seed,
+                     shared_batch=args.shared_batch)
+    if args.init == "informative":
+        p0 = ClassGaussians.fit(images.x, images.y, spec.n_classes)
+    else:
+        p0 = UniformInit(images.x.shape[1:], device)
+    torch.manual_seed(args.seed)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    model = JEM.wide_resnet(depth=args.depth, width=args.width, n_classes=spec.n_classes,
+                            norm=args.norm, bn_momentum=args.bn_momentum)
+    model = model.to(device, memory_format=layout).train()
+    buffer = None
+    if args.p_x_weight or args.p_x_y_weight:
+        buffer = ReplayBuffer.fill(args.buffer_size, p0, spec.n_classes, per_class=per_class(args),
+                                   host=generator("cpu", args.seed, "fill"),
+                                   generator=generator(device, args.seed, "fill"))
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
+                                    weight_decay=args.weight_decay)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    origin = {"init": args.init, "dataset": args.dataset, "n_valid": args.n_valid,
+              "train_sha256": images.digest()}
+    return checkpoint.State(model, optimizer, buffer, origin), data, p0, valid, test
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.dry_run:
+        cli.print_json(vars(args))
+        return cli.EXIT_OK
+    run_dir = Path(args.run_dir)
+    checkpoint.check_run_dir(run_dir, args)
+    device = cli.pick_device(args.device, args.num_threads)
+    state, data, p0, valid, test = build(args, device)
+    if (run_dir / "last.pt").exists():
+        checkpoint.restore(state, run_dir / "last.pt", args)
+        print(f"continuing {run_dir} after step {state.step}")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    records.write_json(run_dir / "args.json", vars(args))
+    header = {"args": vars(args), "env": records.environment(device),
+              "steps_per_epoch": data.steps_per_epoch, "n_train": len(data.images.y),
+              "n_valid": len(valid.y), "n_test": len(test.y),
+              "parameters": sum(p.numel() for p in state.model.parameters())}
+    log = RunLog(run_dir, state.step, header)
+    reason, detail = train(args, state, data, p0, valid, test, log, Stop(args.max_minutes))
+    code = {"finished": cli.EXIT_OK, "max_steps": cli.EXIT_OK,
+            "diverged": cli.EXIT_DIVERGED}.get(reason, cli.EXIT_STOPPED)
+    log.close(state.step, reason=reason, detail=detail, exit_code=code)
+    print(f"{reason} at step {state.step}{': ' if detail else ''}{detail} ({run_dir})")
+    return code
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,195 @@
+"""Flags, one spelling each, in groups that both scripts share; and one clear line for bad input.
+
+The defaults are the paper's main run: CIFAR-10, WRN-28-10, PYLD-10-5. Names are the released
+code's; the paper's symbols are the metavars.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+
+EXIT_OK, EXIT_INPUT, EXIT_DIVERGED, EXIT_STOPPED = 0, 2, 3, 75
+
+
+class InputError(Exception):
+    """Something the user typed or has on disk is wrong; the message says what to do about it."""
+
+
+def run(main):
+    """Exit with ``main()``'s code; bad input and file trouble become one line and code 2."""
+    program = os.path.basename(sys.argv[0])
+    try:
+        code = main()
+    except InputError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        code = EXIT_INPUT
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or error.errno is None:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"{program}: error: {error.strerror}{where}", file=sys.stderr)
+        code = EXIT_INPUT
+    sys.exit(code)
+
+
+def number(kind, low=-math.inf, high=math.inf, *, above=None):
+    """An argparse type: a finite ``kind`` in [low, high], or strictly above ``above``."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+        if math.isnan(value) or not low <= value <= high or (above is not None and value <= above):
+            bounds = f"> {above}" if above is not None else f"in [{low}, {high}]"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        return value
+
+    return parse
+
+
+def depth(text):
+    value = number(int, 10)(text)
+    if (value - 4) % 6:
+        raise argparse.ArgumentTypeError(f"a Wide-ResNet's depth is 6n + 4 (10, 16, 22, 28, 34, "
+                                         f"40, ...), not {value}")
+    return value
+
+
+POSITIVE, NATURAL = number(int, 1), number(int, 0)
+WEIGHT, RATE = number(float, 0, 1e9), number(float, 0, 1)
+FLAG = argparse.BooleanOptionalAction
+
+
+def parser(description):
+    return argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+def add_data_flags(p):
+    g = p.add_argument_group("data")
+    g.add_argument("--dataset", default="cifar10", help="cifar10, cifar100, svhn or digits")
+    g.add_argument("--data_root", default="data", metavar="DIR", help="where data sets lie")
+    g.add_argument("--download", action=FLAG, default=True, help="fetch what is missing")
+    g.add_argument("--n_valid", type=NATURAL, default=None, metavar="n",
+                   help="validation images taken from the training split (5000; digits 137)")
+    g.add_argument("--image_size", type=int, choices=(16, 32), default=None,
+                   help="side of the digits images (16)")
+
+
+def add_model_flags(p):
+    from models import NORMS
+
+    g = p.add_argument_group("network (Wide-ResNet)")
+    g.add_argument("--depth", type=depth, default=28, metavar="6n+4", help="layers")
+    g.add_argument("--width", type=POSITIVE, default=10, metavar="k", help="widening factor")
+    g.add_argument("--norm", choices=NORMS, default="batch", help="normalisation")
+    g.add_argument("--bn_momentum", type=number(float, high=1, above=0), default=0.9,
+                   help="PyTorch's sense: running = (1-m) old + m batch; released: 0.9")
+
+
+def add_sampler_flags(p):
+    g = p.add_argument_group("sampler (Algorithm 1)")
+    g.add_argument("--n_steps", type=POSITIVE, default=10, metavar="M",
+                   help="outer steps, each a forward and backward pass")
+    g.add_argument("--in_steps", type=NATURAL, default=5, metavar="N",
+                   help="inner steps; 0 is SGLD with --sgld_lr")
+    g.add_argument("--pyld_lr", type=number(float, above=0), default=0.2, metavar="α",
+                   help="step of one inner turn (the paper's α/2 · clamp, see Differences)")
+    g.add_argument("--sgld_lr", type=number(float, 0), default=0.0, metavar="α",
+                   help="step of SGLD where --in_steps is 0 (JEM: 1)")
+    g.add_argument("--sgld_std", type=number(float, 0), default=0.0, metavar="σ",
+                   help="std of the noise after each outer step (JEM: 0.01)")
+    g.add_argument("--eps", type=number(float, above=0), default=1.0, metavar="ε",
+                   help="proximity: bound on each gradient component; inf switches it off")
+    g.add_argument("--pixel_clamp", action=FLAG, default=True,
+                   help="keep chains in [-1, 1] after every inner step")
+    g.add_argument("--literal_pyld", action=FLAG, default=False,
+                   help="run the inner loop of Algorithm 1 step by step (same result, slower)")
+    g.add_argument("--sample_mode", choices=("train", "eval"), default="train",
+                   help="the network's mode while sampling (JEM: eval)")
+    g.add_argument("--init", choices=("informative", "uniform"), default="informative",
+                   help="p_0: class Gaussians (Eq. 14) or uniform noise (JEM)")
+    g.add_argument("--buffer_size", type=POSITIVE, default=10000, metavar="|B|",
+                   help="images in the replay buffer")
+    g.add_argument("--reinit_freq", type=RATE, default=0.05, metavar="ρ",
+                   help="probability that a chain starts anew from p_0")
+    g.add_argument("--class_cond_p_x_sample", action=FLAG, default=False,
+                   help="draw the chains of p(x) per class, y uniform")
+
+
+def add_train_flags(p):
+    g = p.add_argument_group("objective (Eq. 5)")
+    g.add_argument("--p_x_weight", type=WEIGHT, default=1.0, help="weight of log p(x)")
+    g.add_argument("--p_y_given_x_weight", type=WEIGHT, default=1.0, help="of log p(y|x)")
+    g.add_argument("--p_x_y_weight", type=WEIGHT, default=0.0, help="of log p(x, y)")
+    g.add_argument("--shared_batch", action=FLAG, default=False,
+                   help="one real batch for p(x) and p(y|x) (Algorithm 2); released: two")
+    g.add_argument("--sigma", type=number(float, 0), default=0.03, metavar="σ",
+                   help="std of the noise on training images")
+    g = p.add_argument_group("optimiser")
+    g.add_argument("--optimizer", choices=("sgd", "adam"), default="sgd",
+                   help="SGD with momentum 0.9, or Adam with betas 0.9 and 0.999")
+    g.add_argument("--lr", type=number(float, above=0), default=None,
+                   help="learning rate (sgd 0.1, adam 0.0001)")
+    g.add_argument("--weight_decay", type=number(float, 0), default=4e-4, help="L2, all weights")
+    g.add_argument("--warmup_iters", type=NATURAL, default=1000, help="steps of linear warm-up")
+    g.add_argument("--decay_epochs", type=NATURAL, nargs="*", default=[50, 100, 125],
+                   help="epochs at which the learning rate is multiplied by --decay_rate")
+    g.add_argument("--decay_rate", type=number(float, above=0), default=0.2, help="see above")
+    g.add_argument("--batch_size", type=POSITIVE, default=64, metavar="B", help="images a pass")
+    g.add_argument("--n_epochs", type=POSITIVE, default=150, help="epochs of labelled images")
+    g = p.add_argument_group("run")
+    g.add_argument("--run_dir", default="runs/jempp", metavar="RUN", help="all output goes here")
+    g.add_argument("--seed", type=NATURAL, default=1, help="of weights, data order and chains")
+    g.add_argument("--max_steps", type=POSITIVE, default=None, help="stop after this step")
+    g.add_argument("--max_minutes", type=number(float, above=0), default=None,
+                   help="save and stop after so many minutes (exit code 75)")
+    g.add_argument("--ckpt_steps", type=POSITIVE, default=None, metavar="K",
+                   help="save last.pt every K steps besides every epoch")
+    g.add_argument("--print_every", type=POSITIVE, default=100, help="steps between records")
+    g.add_argument("--eval_every", type=POSITIVE, default=1, help="epochs between evaluations")
+    g.add_argument("--dry_run", action="store_true", help="print the resolved options and stop")
+
+
+def add_device_flags(p):
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: cuda if there)")
+    g.add_argument("--num_threads", type=NATURAL, default=0, help="CPU threads, 0 = all cores")
+    g.add_argument("--channels_last", action=FLAG, default=True,
+                   help="memory layout of images and weights; changes rounding only")
+
+
+def pick_device(name, num_threads):
+    """The torch.device called ``name``, checked by putting a number there."""
+    import torch
+
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name} cannot be used here: {reason}") from error
+    return device
+
+
+def print_json(options):
+    """``--dry_run``: the resolved options, sorted, as JSON (infinity as the string "inf")."""
+    print(json.dumps(jsonable(options), indent=2, sort_keys=True))
+
+
+def jsonable(value):
+    """``value`` in JSON's own types; non-finite floats become "inf", "-inf" or "nan"."""
+    if isinstance(value, dict):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,194 @@
+"""Data sets as uint8 tensors, and batches that are functions of (seed, step).
+
+A data set lives whole on the training device, [N, 3, H, W] uint8. Crop, flip and noise are
+vectorised there; there are no worker processes.
+"""
+
+import hashlib
+import os
+import pickle
+import socket
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from samplers import to_pixels
+from utils.cli import InputError
+from utils.seeding import generator
+
+SPLIT_SEED = 1234  # the released code's seed for its validation images
+DOWNLOAD_TIMEOUT = 30  # seconds without an answer; torchvision itself would wait for ever
+
+
+class Spec(NamedTuple):
+    """What the paper does with a data set; ``pad`` and ``flip`` are the training augmentation."""
+
+    n_classes: int
+    size: int
+    pad: int
+    flip: bool
+    n_valid: int
+    files: str  # what a user has to put under --data_root by hand
+
+
+SPECS = {
+    "cifar10": Spec(10, 32, 4, True, 5000, "cifar-10-batches-py/"),
+    "cifar100": Spec(100, 32, 4, True, 5000, "cifar-100-python/"),
+    "svhn": Spec(10, 32, 4, False, 5000, "train_32x32.mat and test_32x32.mat"),
+    "digits": Spec(10, 16, 2, False, 137, "nothing: it comes with scikit-learn"),
+}
+
+
+class Images(NamedTuple):
+    """A split: ``x`` uint8 [N, 3, H, W] and ``y`` int64 [N]."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+    def take(self, indices):
+        return Images(self.x[indices], self.y[indices])
+
+    def to(self, device):
+        return Images(self.x.to(device), self.y.to(device))
+
+    def digest(self):
+        """SHA-256 of the pixels and labels: the same data, or not."""
+        sha = hashlib.sha256(self.x.cpu().numpy())
+        sha.update(self.y.cpu().numpy())
+        return sha.hexdigest()
+
+
+def digits(train, size):
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey, bilinearly upscaled to size x size RGB.
+
+    One fixed split: 360 test images, 1,437 for training and validation.
+    """
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.RandomState(SPLIT_SEED).permutation(len(labels))
+    order = order[360:] if train else order[:360]
+    grey = torch.from_numpy(images[order] / 16.0).float().view(-1, 1, 8, 8)
+    grey = F.interpolate(grey, size=(size, size), mode="bilinear", align_corners=False)
+    x = (grey * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    return Images(x, torch.from_numpy(labels[order]).long())
+
+
+def from_torchvision(name, train, root, download):
+    """CIFAR-10, CIFAR-100 or SVHN (its train or test split) through torchvision's own classes."""
+    import torchvision.datasets as tv
+
+    split = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
+    dataset_class = {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100, "svhn": tv.SVHN}[name]
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        dataset = dataset_class(str(root), download=download, **split)
+    except (RuntimeError, OSError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = "check the network, or put" if download else "drop --no-download to fetch it, or put"
+        raise InputError(f"{name} is not (whole) under {os.path.abspath(root)}: {hint} "
+                         f"{SPECS[name].files} there (--data_root) [{reason}]") from error
+    finally:
+        socket.setdefaulttimeout(before)
+    if name == "svhn":
+        return Images(torch.from_numpy(dataset.data), torch.from_numpy(dataset.labels).long())
+    x = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
+    return Images(x, torch.tensor(dataset.targets))
+
+
+def load(name, root, *, train, download=False, size=None):
+    """One split of data set ``name`` as ``Images``; ``size`` only where the data set lets it vary.
+
+    Raises InputError, saying what is missing and where it belongs.
+    """
+    if name not in SPECS:
+        raise InputError(f"unknown data set {name!r}: choose from {', '.join(SPECS)}")
+    if name == "digits":
+        return digits(train, size or SPECS[name].size)
+    if size not in (None, SPECS[name].size):
+        raise InputError(f"--image_size is for digits; {name} is {SPECS[name].size}x"
+                         f"{SPECS[name].size}")
+    if not download and not Path(root).is_dir():
+        raise InputError(f"no data folder {os.path.abspath(root)}: name one with --data_root, or "
+                         "drop --no-download")
+    return from_torchvision(name, train, root, download)
+
+
+def load_splits(name, root, *, n_valid, download=False, size=None):
+    """(train, validation, test); validation = the first ``n_valid`` of the training images
+    shuffled by a fixed seed, as the released code takes them."""
+    full = load(name, root, train=True, download=download, size=size)
+    test = load(name, root, train=False, download=download, size=size)
+    if not 0 <= n_valid < len(full.y):
+        raise InputError(f"--n_valid {n_valid} leaves no training image of {len(full.y)}")
+    order = list(range(len(full.y)))
+    np.random.RandomState(SPLIT_SEED).shuffle(order)
+    return full.take(order[n_valid:]), full.take(order[:n_valid]), test
+
+
+def reflect(index, size):
+    """Positions outside 0 .. size-1 mirrored at the border pixels, as reflect padding does."""
+    index = index.abs()
+    return torch.where(index > size - 1, 2 * (size - 1) - index, index)
+
+
+def crop_and_flip(x, indices, pad, flip, generator):
+    """Images x[indices], each reflect-padded by ``pad``, cropped at random and, if ``flip``,
+    mirrored with probability 1/2: uint8 [B, C, H, W], by one gather and no padded copy."""
+    n, (height, width), device = len(indices), x.shape[-2:], x.device
+    shift = torch.randint(-pad, pad + 1, (2, n, 1), generator=generator, device=device)
+    rows = reflect(torch.arange(height, device=device) + shift[0], height)
+    columns = reflect(torch.arange(width, device=device) + shift[1], width)
+    if flip:
+        mirrored = torch.rand(n, 1, generator=generator, device=device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    channels = torch.arange(x.shape[1], device=device)
+    return x[indices[:, None, None, None], channels[None, :, None, None],
+             rows[:, None, :, None], columns[:, None, None, :]]
+
+
+class TrainData:
+    """Augmented, noisy training batches; every batch is a function of (seed, step) alone.
+
+    ``batch(step)`` gives x_pos for p(x) and (x_lab, y_lab) for p(y|x), images [B, 3, H, W] float32.
+    Two independent epoch orders (the released code) or, with ``shared_batch``, one batch for both
+    (Algorithm 2). The last partial batch of an epoch is dropped.
+    """
+
+    def __init__(self, images, spec, *, batch_size, sigma, seed, shared_batch=False):
+        if batch_size > len(images.y):
+            raise InputError(f"--batch_size {batch_size} is larger than the {len(images.y)} "
+                             "training images")
+        self.images, self.spec, self.sigma, self.seed = images, spec, sigma, seed
+        self.batch_size, self.shared_batch = batch_size, shared_batch
+        self.device, self.steps_per_epoch = images.x.device, len(images.y) // batch_size
+        self.orders = {}
+
+    def indices(self, stream, step):
+        """The images of ``step`` in the epoch order of ``stream``."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self.orders.get(stream, (None, None))[0] != epoch:
+            order = torch.randperm(len(self.images.y),
+                                   generator=generator("cpu", self.seed, "order", stream, epoch))
+            self.orders[stream] = epoch, order.to(self.device)
+        start = position * self.batch_size
+        return self.orders[stream][1][start:start + self.batch_size]
+
+    def draw(self, stream, step):
+        """(x, y) of one stream: cropped, flipped, scaled to [-1, 1], plus noise not clamped."""
+        noise = generator(self.device, self.seed, "augment", stream, step)
+        indices = self.indices(stream, step)
+        x = crop_and_flip(self.images.x, indices, self.spec.pad, self.spec.flip, noise)
+        x = to_pixels(x)
+        if self.sigma:
+            x += self.sigma * torch.randn(x.shape, generator=noise, device=x.device)
+        return x, self.images.y[indices]
+
+    def batch(self, step):
+        x_lab, y_lab = self.draw("labelled", step)
+        x_pos = x_lab if self.shared_batch else self.draw("unlabelled", step)[0]
+        return x_pos, (x_lab, y_lab)

@@ -1,0 +1,106 @@
+"""JSON lines and files that are whole or not there: written beside their place and renamed."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from utils.cli import InputError, jsonable
+
+
+@contextmanager
+def replacing(path, mode="wb"):
+    """Open a temporary file that becomes ``path`` when the block ends well, and vanishes if not."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    with replacing(path, "w") as file:
+        json.dump(jsonable(value), file, indent=2, sort_keys=True)
+        file.write("\n")
+
+
+def read_jsonl(path):
+    """The records of a JSON-lines file, without a last line torn by a crash; [] if there is none."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not a JSON-lines file") from error
+    records = []
+    for number, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines) - 1:
+                raise InputError(f"{path}: line {number + 1} is not JSON") from error
+    return records
+
+
+def write_jsonl(path, records):
+    with replacing(path, "w") as file:
+        file.writelines(json.dumps(jsonable(record)) + "\n" for record in records)
+
+
+def append_jsonl(path, record):
+    """Append one record; a torn last line, left by a crash, is first cut off."""
+    data = json.dumps(jsonable(record)) + "\n"
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(data.encode())
+
+
+def git_state():
+    """(commit, dirty) of this code, or (None, None) outside a git checkout."""
+    here = Path(__file__).resolve().parent.parent
+
+    def git(*words):
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True,
+                              check=True, timeout=20).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def cpu_name():
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
+    except OSError:
+        pass
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def environment(device):
+    """What a number was measured with: versions, device, processor, commit."""
+    commit, dirty = git_state()
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return {"torch": str(torch.__version__), "python": platform.python_version(), "device": name,
+            "cpu": cpu_name(), "commit": commit, "dirty": dirty}
+
+
+def now():
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

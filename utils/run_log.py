@@ -1,0 +1,60 @@
+"""What a training run writes besides checkpoints: train.jsonl, TensorBoard events, pictures."""
+
+import time
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from utils import plots, records
+
+
+class RunLog:
+    """``RUN/train.jsonl`` (header, steps, evaluations, one closing line), scalars and grids.
+
+    A resumed run cuts off what was recorded after the step it resumes from, so that the file reads
+    as if the run had never stopped; a ``resume`` line says that it did.
+    """
+
+    def __init__(self, run_dir, first_step, header):
+        self.dir = Path(run_dir)
+        self.file = self.dir / "train.jsonl"
+        kept = []
+        if first_step:
+            kept = [r for r in records.read_jsonl(self.file)
+                    if r["kind"] != "end" and r.get("step", 0) <= first_step]
+        opening = {"kind": "resume" if kept else "header", "step": first_step, **header,
+                   "time": records.now()}
+        records.write_jsonl(self.file, [*kept, opening])
+        (self.dir / "samples").mkdir(exist_ok=True)
+        self.board = SummaryWriter(self.dir, purge_step=first_step + 1)
+        self.since = time.monotonic(), first_step
+
+    def write(self, kind, step, **values):
+        """One record, and its numbers as TensorBoard scalars."""
+        records.append_jsonl(self.file, {"kind": kind, "step": step, **values})
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def start_clock(self, step):
+        """Count images_per_s from here: evaluating and saving are left out of it."""
+        self.since = time.monotonic(), step
+
+    def steps(self, state, args, means):
+        """The mean of each logged scalar over the steps since the last record."""
+        seconds, n_steps = time.monotonic() - self.since[0], state.step - self.since[1]
+        rate = {"lr": state.optimizer.param_groups[0]["lr"],
+                "images_per_s": n_steps * args.batch_size / max(seconds, 1e-9)}
+        gap = {"gap": means["e_pos"] - means["e_neg"]} if "e_pos" in means else {}
+        self.write("step", state.step, **means, **gap, **rate)
+        self.start_clock(state.step)
+
+    def samples(self, name, x, step):
+        """A grid of images [n, 3, H, W] as ``RUN/samples/name.png`` and in TensorBoard."""
+        picture = plots.grid(x)
+        plots.save_image(self.dir / "samples" / f"{name}.png", picture)
+        self.board.add_image("samples", picture, step)
+
+    def close(self, step, **values):
+        self.write("end", step, **values, time=records.now())
+        self.board.close()

@@ -1,0 +1,25 @@
+"""Random streams that are functions of (seed, step): a resumed run draws the same numbers."""
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+
+
+class Streams(NamedTuple):
+    """What one training step draws from: choices on the host, noise on the device."""
+
+    host: torch.Generator
+    device: torch.Generator
+
+
+def generator(device, *key):
+    """A torch.Generator on ``device`` seeded by the words and numbers of ``key`` alone."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def seed_step(seed, step, rank, device):
+    """The streams of one training step (0-based) on one rank."""
+    return Streams(generator("cpu", seed, step, rank, "host"),
+                   generator(device, seed, step, rank, "device"))
