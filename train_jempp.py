@@ -154,7 +154,7 @@ def fault(means, state, look_at_weights):
 
 
 class Stop:
-    """Why to stop early, if so: SIGTERM, SIGINT, or --max_minutes. A second signal quits at once."""
+    """Why to stop early: SIGTERM, SIGINT or --max_minutes. A second signal quits at once."""
 
     def __init__(self, max_minutes):
         self.why, self.deadline = None, time.monotonic() + 60 * (max_minutes or math.inf)

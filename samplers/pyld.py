@@ -1,4 +1,4 @@
-"""PYLD-M-N, proximal YOPO SGLD: Algorithm 1 as it is written, and what it comes to for a conv stem."""
+"""PYLD-M-N, proximal YOPO SGLD: Algorithm 1 as written, and what it comes to for a conv stem."""
 
 import torch
 

@@ -61,8 +61,8 @@ def load(path, device="cpu"):
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError,
             AttributeError, IndexError, zipfile.BadZipFile) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} cannot be read as a checkpoint; it may be cut short or of another "
-                         f"kind [{reason[:160]}]") from error
+        raise InputError(f"{path} cannot be read as a checkpoint: it is cut short, damaged or of "
+                         f"another kind [{reason[:160]}]") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is not a checkpoint of this code")
     if missing := KEYS - content.keys():

@@ -23,7 +23,7 @@ def replacing(path, mode="wb"):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -35,7 +35,7 @@ def write_json(path, value):
 
 
 def read_jsonl(path):
-    """The records of a JSON-lines file, without a last line torn by a crash; [] if there is none."""
+    """The records of a JSON-lines file, without a last line torn by a crash; [] for no file."""
     try:
         lines = Path(path).read_text().splitlines()
     except FileNotFoundError:
