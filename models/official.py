@@ -6,12 +6,13 @@ files repeat tensors (``f.layer_one``, ``f.other_layers``), JEM files carry an u
 ``f.linear``, and both an ``energy_output`` head that the classifier's energy does not use.
 """
 
-import pickle
 import re
 
 import torch
 
 from models.jem import JEM
+from utils.cli import InputError
+from utils.torch_files import one_line, read
 
 REPEATED_OR_UNUSED = re.compile(r"f\.layer_one\.|f\.other_layers\.|f\.linear\.|energy_output\.")
 RENAMED = (  # (pattern, ours); after a "module." of DataParallel is dropped
@@ -22,10 +23,6 @@ RENAMED = (  # (pattern, ours); after a "module." of DataParallel is dropped
     (re.compile(r"f\.bn1\."), "trunk.norm."),
     (re.compile(r"class_output\."), "trunk.head."),
 )
-
-
-class OfficialFormatError(ValueError):
-    """The file is not a released JEM, JEM++ or SADA-JEM checkpoint; the message says why."""
 
 
 def is_official(content):
@@ -52,7 +49,7 @@ def our_name(key):
         renamed, hits = pattern.subn(replacement, key, count=1)
         if hits and pattern.match(key):
             return renamed
-    raise OfficialFormatError(f"unknown tensor {key}")
+    raise InputError(f"unknown tensor {key}")
 
 
 def network_of(state):
@@ -63,13 +60,13 @@ def network_of(state):
         width, rest = divmod(state["trunk.layer1.0.conv1.weight"].shape[0], 16)
         n_classes = state["trunk.head.weight"].shape[0]
     except (KeyError, IndexError, ValueError) as error:
-        raise OfficialFormatError(f"no Wide-ResNet's tensors ({error})") from error
+        raise InputError(f"no Wide-ResNet's tensors ({error})") from error
     if rest or not width:
-        raise OfficialFormatError("layer widths are no multiple of 16")
+        raise InputError("layer widths are no multiple of 16")
     if "trunk.norm.running_mean" in state:
         norm = "batch"
     elif "trunk.norm.weight" in state:
-        raise OfficialFormatError("a norm without running statistics (layer, instance or ActNorm): "
+        raise InputError("a norm without running statistics (layer, instance or ActNorm): "
                                   "these cannot be told apart by shape")
     else:
         norm = "none"
@@ -81,38 +78,30 @@ def convert(content):
     """The (JEM, replay buffer or None) in a released file's content."""
     state = state_dict_of(content)
     if state is None:
-        raise OfficialFormatError("no dictionary of tensors")
+        raise InputError("no dictionary of tensors")
     named = {our_name(key): tensor for key, tensor in state.items()}
     named.pop(None, None)
     model = JEM.wide_resnet(**network_of(named))
     try:
         model.load_state_dict(named)
     except RuntimeError as error:
-        raise OfficialFormatError(" ".join(str(error).split())[:200]) from error
+        raise InputError(one_line(error, 200)) from error
     buffer = content.get("replay_buffer") if "model_state_dict" in content else None
     if isinstance(buffer, torch.Tensor) and buffer.numel() == 0:
         buffer = None
     if buffer is not None and (not isinstance(buffer, torch.Tensor) or buffer.dim() != 4
                                or buffer.shape[1] != 3):
-        raise OfficialFormatError("its replay_buffer is no tensor [n, 3, H, W]")
+        raise InputError("its replay_buffer is no tensor [n, 3, H, W]")
     return model, buffer
 
 
 def load_official(path):
     """(JEM on the CPU in train mode, replay buffer [n, 3, H, W] in [-1, 1] or None).
 
-    Raises OfficialFormatError (a ValueError), in one line, for a file that is none of theirs;
-    nothing in the file is executed (``weights_only=True``).
+    InputError, in one line, for a file that is none of theirs; nothing in it is executed.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise OfficialFormatError(f"no file {path}") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError,
-            AttributeError, IndexError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise OfficialFormatError(f"{path} cannot be read [{reason}]") from error
+    content = read(path)
     try:
         return convert(content)
-    except OfficialFormatError as error:
-        raise OfficialFormatError(f"{path} is no released checkpoint: {error}") from error
+    except InputError as error:
+        raise InputError(f"{path} is no released checkpoint: {error}") from error

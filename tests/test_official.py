@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from models.official import OfficialFormatError, load_official, our_name
+from models.official import load_official, our_name
 from samplers import pyld, pyld_collapsed, sgld
 from samplers.sgld import input_gradient
+from utils.cli import InputError
 
 FIXTURE = Path(os.environ.get("JEMPP_FIXTURE", Path(__file__).resolve().parents[2]
                               / "shared" / "reference" / "fixture"))
@@ -172,6 +173,6 @@ def test_bare_and_data_parallel_state_dicts(tmp_path):
 ])
 def test_foreign_content_is_refused_in_one_line(tmp_path, changes, message):
     released_file(tmp_path / "a.pt", **changes)
-    with pytest.raises(OfficialFormatError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         load_official(tmp_path / "a.pt")
     assert "\n" not in str(error.value)

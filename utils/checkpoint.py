@@ -5,18 +5,19 @@ buffer in full precision, what p_0 was estimated from, step and random seed. Fil
 ``weights_only=True``: a stranger's checkpoint cannot run code.
 """
 
+import hashlib
 import json
-import pickle
 import platform
-import zipfile
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from models import JEM
+from models import JEM, official
 from samplers import ReplayBuffer
 from utils.cli import InputError, jsonable
 from utils.records import replacing
+from utils.torch_files import one_line, read
 
 FORMAT = "jempp-1"
 KEYS = {"model", "config", "buffer", "p0", "step", "epoch", "best", "args", "rng", "versions"}
@@ -52,17 +53,8 @@ def save(path, state, args, epoch, *, resumable=True):
         torch.save(content, file)
 
 
-def load(path, device="cpu"):
-    """The dictionary that ``save`` wrote. InputError for anything else, in one line."""
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"no checkpoint {path}") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError,
-            AttributeError, IndexError, zipfile.BadZipFile) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} cannot be read as a checkpoint: it is cut short, damaged or of "
-                         f"another kind [{reason[:160]}]") from error
+def check(content, path):
+    """``content`` if it is what ``save`` wrote; InputError, in one line, if not."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is not a checkpoint of this code")
     if missing := KEYS - content.keys():
@@ -70,28 +62,59 @@ def load(path, device="cpu"):
     return content
 
 
-def build_model(content, path):
-    """The JEM of a loaded checkpoint, on the CPU, weights in place."""
-    try:
-        model = JEM.wide_resnet(**content["config"])
-        model.load_state_dict(content["model"])
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: its weights do not fit its network [{reason}]") from error
-    return model
+class Opened(NamedTuple):
+    """A checkpoint opened to be evaluated; what its file lacks is None."""
+
+    path: str
+    sha256: str
+    model: JEM
+    buffer: torch.Tensor | None
+    args: dict | None
+    step: int | None
+    epoch: int | None
+
+
+def open_any(path):
+    """Ours or a released file of JEM, JEM++ or SADA-JEM, told apart by content, as ``Opened``."""
+    content = read(path)
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if official.is_official(content):
+        try:
+            model, buffer = official.convert(content)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        args = step = epoch = None
+    else:
+        content = check(content, path)
+        try:
+            model = JEM.wide_resnet(**content["config"])
+            model.load_state_dict(content["model"])
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: its weights do not fit its network "
+                             f"[{one_line(error)}]") from error
+        buffer, args = content["buffer"], content["args"]
+        step, epoch = content["step"], content["epoch"]
+    if not all_finite([*model.state_dict().values()]):
+        raise InputError(f"{path}: its weights are not all finite numbers")
+    return Opened(str(path), sha256, model, buffer, args, step, epoch)
+
+
+def all_finite(tensors):
+    """Whether no tensor holds a NaN or an infinity."""
+    tensors = [t for t in tensors if t.is_floating_point()]
+    return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())
 
 
 def is_finite(state):
     """Whether weights, running statistics and buffer are free of NaN and infinity."""
-    tensors = [t for t in state.model.state_dict().values() if t.is_floating_point()]
-    if state.buffer is not None:
-        tensors.append(state.buffer.images)
-    return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())
+    buffer = [] if state.buffer is None else [state.buffer.images]
+    return all_finite([*state.model.state_dict().values(), *buffer])
 
 
 def restore(state, path, args):
     """Put the content of a resumable file into ``state``, built from the same arguments."""
-    content = load(path)
+    content = check(read(path), path)
     check_same_run(path, content["args"], args)
     if content["p0"] != state.p0:
         raise InputError(f"{path} was trained on other images than --data_root holds now")
@@ -104,8 +127,7 @@ def restore(state, path, args):
             state.buffer.images.copy_(content["buffer"])
         state.step, state.best = content["step"], content["best"]
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} does not fit this run [{reason}]") from error
+        raise InputError(f"{path} does not fit this run [{one_line(error)}]") from error
 
 
 def check_same_run(path, saved, args):

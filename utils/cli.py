@@ -17,6 +17,10 @@ class InputError(Exception):
     """Something the user typed or has on disk is wrong; the message says what to do about it."""
 
 
+class Unavailable(InputError):
+    """Something that is not here now, a data set or a weights file; what needs it is left out."""
+
+
 def run(main):
     """Exit with ``main()``'s code; bad input and file trouble become one line and code 2."""
     program = os.path.basename(sys.argv[0])

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from samplers import to_pixels
-from utils.cli import InputError
+from utils.cli import InputError, Unavailable
 from utils.seeding import generator
 
 SPLIT_SEED = 1234  # the released code's seed for its validation images
@@ -90,8 +90,8 @@ def from_torchvision(name, train, root, download):
     except (RuntimeError, OSError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "check the network, or put" if download else "drop --no-download to fetch it, or put"
-        raise InputError(f"{name} is not (whole) under {os.path.abspath(root)}: {hint} "
-                         f"{SPECS[name].files} there (--data_root) [{reason}]") from error
+        raise Unavailable(f"{name} is not (whole) under {os.path.abspath(root)}: {hint} "
+                          f"{SPECS[name].files} there (--data_root) [{reason}]") from error
     finally:
         socket.setdefaulttimeout(before)
     if name == "svhn":
@@ -113,8 +113,8 @@ def load(name, root, *, train, download=False, size=None):
         raise InputError(f"--image_size is for digits; {name} is {SPECS[name].size}x"
                          f"{SPECS[name].size}")
     if not download and not Path(root).is_dir():
-        raise InputError(f"no data folder {os.path.abspath(root)}: name one with --data_root, or "
-                         "drop --no-download")
+        raise Unavailable(f"no data folder {os.path.abspath(root)}: name one with --data_root, or "
+                          "drop --no-download")
     return from_torchvision(name, train, root, download)
 
 

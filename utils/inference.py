@@ -1,18 +1,29 @@
 """Running a network over a data set."""
 
 import torch
+from tqdm import tqdm
 
 from samplers import to_pixels
+from utils.seeding import generator
 
 
 @torch.no_grad()
-def predict(model, x, batch_size=500):
-    """Logits [N, K] of uint8 images ``x`` [N, 3, H, W], in eval mode; the mode is put back."""
-    training = model.training
+def predict(model, x, batch_size=500, sigma=0.0, seed=0):
+    """Logits [N, K] of uint8 images ``x`` [N, 3, H, W], in eval mode; the mode is put back.
+
+    ``sigma``: std of noise added to the [-1, 1] images; image i's depends on (seed, i) alone.
+    """
+    training, outputs = model.training, []
     model.eval()
-    logits = torch.cat([model(to_pixels(part)) for part in x.split(batch_size)])
+    for start in tqdm(range(0, len(x), batch_size), "images", leave=False, disable=None):
+        part = to_pixels(x[start:start + batch_size])
+        if sigma:
+            noise = [torch.randn(part.shape[1:], generator=generator("cpu", seed, "noise", i))
+                     for i in range(start, start + len(part))]
+            part = part + sigma * torch.stack(noise).to(part.device)
+        outputs.append(model(part))
     model.train(training)
-    return logits
+    return torch.cat(outputs)
 
 
 def accuracy(model, images):

@@ -1,10 +1,15 @@
 """Pictures. Figures are small PNGs; images in [-1, 1] become uint8 in one place."""
 
-import torch
-from PIL import Image
-from torchvision.utils import make_grid
+import matplotlib
 
-from utils.records import replacing
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torchvision.utils import make_grid  # noqa: E402
+
+from utils.records import replacing  # noqa: E402
 
 
 def to_uint8(x):
@@ -24,3 +29,89 @@ def save_image(path, picture):
     """Write a uint8 picture [3, h, w] as PNG."""
     with replacing(path) as file:
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file, format="PNG")
+
+
+def save_figure(path, figure):
+    """Write a matplotlib figure as a small PNG and close it."""
+    figure.tight_layout()
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+
+
+def reliability_diagram(bins, ece, title):
+    """Accuracy in each confidence bin against the diagonal, and how full the bins are (Fig. 10)."""
+    figure, (top, below) = plt.subplots(2, 1, figsize=(4.2, 5), sharex=True,
+                                        gridspec_kw={"height_ratios": [3, 1]})
+    middle, width = bins.edges[:-1] + np.diff(bins.edges) / 2, np.diff(bins.edges)
+    full = bins.count > 0
+    low, high = (f(bins.accuracy, bins.confidence)[full] for f in (np.minimum, np.maximum))
+    top.bar(middle[full], bins.accuracy[full], width[full], color="tab:blue", edgecolor="white",
+            label="accuracy")
+    top.bar(middle[full], high - low, width[full], bottom=low, color="none", edgecolor="tab:red",
+            hatch="////", linewidth=0.8, label="gap to confidence")
+    top.plot([0, 1], [0, 1], "--", color="0.3", linewidth=1)
+    top.set(ylabel="accuracy", ylim=(0, 1), title=f"{title}, ECE {100 * ece:.2f} %")
+    top.title.set_fontsize(8)
+    top.legend(loc="upper left", fontsize=7, framealpha=0.9)
+    below.bar(middle, bins.count / bins.count.sum(), width, color="0.6", edgecolor="white")
+    below.set(xlabel="confidence max p(y|x)", ylabel="share", xlim=(0, 1))
+    return figure
+
+
+def score_histograms(score_in, outs, name_in, score_name, title):
+    """One panel per out set: the densities of a score on it and on the in set (Table 8)."""
+    columns = min(3, len(outs))
+    rows = -(-len(outs) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.4 * rows + 0.5),
+                                squeeze=False)
+    for axis in axes.flat[len(outs):]:
+        axis.axis("off")
+    for axis, (name_out, score_out) in zip(axes.flat, outs.items(), strict=False):
+        both = np.concatenate([score_in, score_out])
+        edges = np.linspace(*np.percentile(both, [0.5, 99.5]), 51)
+        for values, name, color in ((score_in, name_in, "tab:blue"),
+                                    (score_out, name_out, "tab:orange")):
+            inside = np.clip(values, edges[0], edges[-1])
+            axis.hist(inside, edges, density=True, alpha=0.55, color=color, label=name)
+        axis.legend(fontsize=7)
+        axis.set_yticks([])
+        axis.set_xlabel(score_name, fontsize=8)
+        axis.tick_params(labelsize=7)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def robustness_curves(curves, norm, title):
+    """Accuracy against budget, one line per (label, attack) in ``curves`` (Fig. 9)."""
+    figure, axis = plt.subplots(figsize=(5, 3.6))
+    for (label, attack), (eps, accuracy) in curves.items():
+        axis.plot(eps, 100 * np.asarray(accuracy), "o-" if attack == "pgd" else "s--",
+                  markersize=3.5, linewidth=1.3, label=f"{label}, {attack}")
+    axis.set(xlabel="ε · 255, L∞" if norm == "linf" else "ε, L2 (images in [0, 1])",
+             ylabel="accuracy, %", ylim=(0, 100), title=title)
+    axis.title.set_fontsize(9)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    return figure
+
+
+def image_rows(rows, names, title, columns=None):
+    """Rows of images [n_i, 3, H, W] in [-1, 1], each beside its name: classes, chains, steps."""
+    columns = columns or max(len(row) for row in rows)
+    padded = [torch.cat([row.cpu(), torch.ones(columns - len(row), *row.shape[1:])])
+              for row in rows]
+    height, factor = rows[0].shape[-2], max(1, 48 // rows[0].shape[-1])
+    picture = to_uint8(torch.cat(padded)).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    picture = make_grid(picture, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()
+    pixels_per_inch = 100
+    figure, axis = plt.subplots(figsize=(picture.shape[1] / pixels_per_inch + 0.8,
+                                         picture.shape[0] / pixels_per_inch + 0.6))
+    axis.imshow(picture, interpolation="nearest")
+    step = factor * height + 2
+    axis.set_yticks([step * (k + 0.5) for k in range(len(rows))], names, fontsize=7)
+    axis.set_xticks([])
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_title(title, fontsize=8)
+    return figure

@@ -1,0 +1,456 @@
+"""What eval_jempp.py can measure: one function each, from a ``Subject`` to numbers and pictures.
+
+Every evaluation is a generator of ``Number``; its raw scores and pictures go through ``out``. The
+metrics are pure functions in calibration.py, ood.py, generation.py and robustness.py.
+"""
+
+import argparse
+import copy
+import functools
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from samplers import ClassGaussians, UniformInit, make_sampler, to_pixels
+from utils import calibration, generation, ood, plots, robustness
+from utils.checkpoint import Opened, open_any
+from utils.cli import InputError, Unavailable
+from utils.data import SPECS, Images, load_splits
+from utils.inference import predict
+from utils.records import replacing
+from utils.seeding import seed_step
+
+
+class Number(NamedTuple):
+    """One measured value; ``protocol`` says all that its meaning depends on."""
+
+    metric: str
+    value: float
+    unit: str
+    n: int
+    protocol: dict
+
+
+class Output(NamedTuple):
+    """Where raw scores and pictures go: beside the results file, named after the checkpoint."""
+
+    folder: Path
+    stem: str
+
+    def npz(self, name, **arrays):
+        with replacing(self.folder / f"{self.stem}_{name}.npz") as file:
+            np.savez_compressed(file, **arrays)
+
+    def figure(self, name, figure):
+        plots.save_figure(self.folder / f"{self.stem}_{name}.png", figure)
+
+
+@dataclass
+class Subject:
+    """A checkpoint under evaluation: its file, the settings in force, its data when asked for."""
+
+    opened: Opened
+    args: argparse.Namespace
+    label: str
+    device: torch.device
+    model: torch.nn.Module = field(init=False)
+
+    def __post_init__(self):
+        self.model = self.opened.model.to(self.device).eval()
+
+    @functools.cached_property
+    def splits(self):
+        """{train, valid, test} as Images on the device."""
+        a = self.args
+        parts = load_splits(a.dataset, a.data_root, n_valid=a.n_valid, download=a.download,
+                            size=a.image_size)
+        n_classes = self.model.config["n_classes"]
+        if SPECS[a.dataset].n_classes != n_classes:
+            raise InputError(f"{self.label} knows {n_classes} classes, {a.dataset} has "
+                             f"{SPECS[a.dataset].n_classes}: choose another --dataset")
+        return dict(zip(("train", "valid", "test"), (p.to(self.device) for p in parts),
+                        strict=True))
+
+    def images(self, split="test", limit=None):
+        """The first ``limit`` images of a split (None: all)."""
+        images = self.splits[split]
+        if limit is not None and limit > len(images.y):
+            raise InputError(f"{limit} images were asked for, the {split} split of "
+                             f"{self.args.dataset} has {len(images.y)}")
+        return images if limit is None else Images(images.x[:limit], images.y[:limit])
+
+    def logits(self, split="test", limit=None, sigma=0.0):
+        """Logits float64 [n, K] on the CPU, and labels."""
+        images = self.images(split, limit)
+        if not len(images.y):
+            raise InputError(f"the {split} split is empty (--n_valid 0)")
+        logits = predict(self.model, images.x, self.args.batch_size, sigma, self.args.seed)
+        if not torch.isfinite(logits).all():
+            raise InputError(f"{self.label}: logits of the {split} split are not finite")
+        return logits.double().cpu(), images.y.cpu()
+
+    @functools.cached_property
+    def p0(self):
+        """Where fresh chains start, from the training images as in training."""
+        if self.args.init == "uniform":
+            size = self.args.image_size
+            return UniformInit((3, size, size), self.device)
+        train = self.splits["train"]
+        return ClassGaussians.fit(train.x, train.y, self.model.config["n_classes"])
+
+    def buffer(self):
+        """The replay buffer [n, 3, H, W] in [-1, 1]; InputError where the file has none."""
+        buffer = self.opened.buffer
+        if buffer is None:
+            raise Unavailable(f"{self.label} holds no replay buffer: sample afresh with "
+                              "--source scratch")
+        if not torch.isfinite(buffer).all():
+            raise InputError(f"{self.label}: its replay buffer is not finite")
+        return buffer.float()
+
+    def chains(self, n, y=None, snapshots=1):
+        """Fresh chains: a list of x [n, 3, H, W] (CPU) at 0, 1/s, ..., 1 of --chain_steps.
+
+        The training sampler, --n_steps swapped for --chain_steps, in the training mode of batch
+        norm: a chain's batch decides its statistics, so the batch size is part of the protocol.
+        Batch b depends on (seed, b). The evaluated network's running statistics stay untouched.
+        """
+        a = self.args
+        model = copy.deepcopy(self.model).train(a.sample_mode == "train")
+        each = [len(p) for p in torch.arange(a.chain_steps).tensor_split(snapshots)]
+        draws = [make_sampler(argparse.Namespace(**vars(a) | {"n_steps": k})) for k in each]
+        collected = [[] for _ in range(snapshots + 1)]
+        for batch, indices in enumerate(torch.arange(n).split(a.chain_batch)):
+            streams = seed_step(a.seed, batch, "evaluation", self.device)
+            labels = None if y is None else y[indices]
+            x = self.p0.sample(len(indices), labels, host=streams.host, generator=streams.device)
+            labels = None if labels is None else labels.to(self.device)
+            collected[0].append(x.cpu())
+            for draw, into in zip(draws, collected[1:], strict=True):
+                x = draw(model, x, y=labels, generator=streams.device)
+                into.append(x.cpu())
+        return [torch.cat(parts) for parts in collected]
+
+    def generated(self):
+        """Images to judge, uint8 [n, 3, H, W] on the CPU, and the protocol words of their origin:
+        --source buffer (all of it, or its first --n_samples) or scratch."""
+        a = self.args
+        if a.source == "buffer":
+            x = self.buffer()
+            if a.n_samples is not None and a.n_samples > len(x):
+                raise InputError(f"--n_samples {a.n_samples}: the buffer holds {len(x)} images")
+            return plots.to_uint8(x[:a.n_samples]), {"source": "buffer"}
+        x = self.chains(a.n_samples or 1000)[-1]
+        if not torch.isfinite(x).all():
+            raise InputError(f"{self.label}: its chains run off to infinity")
+        return plots.to_uint8(x), {"source": "scratch", "chain_steps": a.chain_steps,
+                                   "chain_batch": a.chain_batch, "init": a.init,
+                                   "mode": a.sample_mode}
+
+    def title(self, words, n):
+        return f"{words}\n{self.label}, {self.args.dataset}, n = {n}"
+
+
+def skip(what, error):
+    """Say in one line what is left out; the other evaluations go on."""
+    print(f"left out: {what}: {error}", file=sys.stderr)
+
+
+def accuracy(s, out):
+    """Accuracy, NLL and Brier score of each split (recipe: noise only where --sigma asks)."""
+    for split in s.args.splits:
+        if split == "valid" and not len(s.splits["valid"].y):
+            continue
+        logits, y = s.logits(split, s.args.n_images, s.args.sigma)
+        correct = logits.argmax(1) == y
+        log_p = logits.log_softmax(1).numpy()
+        protocol = {"split": split, "sigma": s.args.sigma, "correct": int(correct.sum())}
+        n = len(y)
+        yield Number("accuracy", correct.double().mean().item(), "fraction", n, protocol)
+        yield Number("nll", calibration.nll(log_p, y.numpy()), "nats", n, protocol)
+        yield Number("brier", calibration.brier_score(np.exp(log_p), y.numpy()), "", n, protocol)
+        out.npz(f"accuracy_{split}", logits=logits.numpy(), y=y.numpy())
+
+
+def calibrate(s, out):
+    """ECE by Eq. 16 and its equal-mass variant on the test split; reliability diagram (Fig. 10)."""
+    logits, y = s.logits("test", s.args.n_images, s.args.sigma)
+    p = logits.softmax(1)
+    confidence, correct = p.amax(1).numpy(), (logits.argmax(1) == y).numpy()
+    n, bins = len(y), s.args.bins
+    ece = calibration.expected_calibration_error(confidence, correct, bins)
+    adaptive = calibration.adaptive_calibration_error(confidence, correct, bins)
+    protocol = {"split": "test", "bins": bins, "sigma": s.args.sigma}
+    yield Number("ece", ece, "fraction", n, protocol)
+    yield Number("ece_adaptive", adaptive, "fraction", n, protocol)
+    out.npz("calibration", confidence=confidence, correct=correct)
+    out.figure("reliability", plots.reliability_diagram(
+        calibration.reliability_bins(confidence, correct, bins), ece, s.title("Reliability", n)))
+
+
+def scores_of(s, x, names):
+    """{score name: float64 [n]} of uint8 images [n, 3, H, W]."""
+    logits = predict(s.model, x, s.args.batch_size)
+    values = {}
+    for name in names:
+        if name == "log_p_x":
+            values[name] = ood.log_p_x(logits)
+        elif name == "max_p_y":
+            values[name] = ood.max_p_y_given_x(logits)
+        else:
+            values[name] = ood.gradient_norm_score(s.model, x, s.args.batch_size)
+    return {name: v.cpu().numpy() for name, v in values.items()}
+
+
+SCORES = {"log_p_x": "log p(x) + log Z", "max_p_y": "max p(y|x)",
+          "grad_norm": "−‖∇ log p(x)‖"}
+
+
+def in_and_out_scores(s, names):
+    """(in scores, {out set: scores}); an out set that is not there is said and left out."""
+    a = s.args
+    x_in = s.images("test", a.n_images).x
+    inside, outside = scores_of(s, x_in, names), {}
+    for name in a.ood:
+        if name == a.dataset:
+            continue
+        try:
+            x = ood.out_images(name, a.image_size, in_x=x_in, root=a.data_root, seed=a.seed,
+                               download=a.download, n=None)[:a.n_images]
+        except Unavailable as error:
+            skip(f"ood {name}", error)
+            continue
+        outside[name] = scores_of(s, x.to(s.device), names)
+    if not outside:
+        raise Unavailable("no out set of --ood could be had")
+    return inside, outside
+
+
+def file_name(out_set):
+    """An out set's name for files and panels: a folder by its last part."""
+    kind, _, path = out_set.partition(":")
+    return f"{kind}-{Path(path).name}" if path else kind
+
+
+def detect_ood(s, out):
+    """AUROC, AUPR and FPR at 95 % TPR of three scores against each out set (Table 7)."""
+    inside, outside = in_and_out_scores(s, SCORES)
+    for name, values in outside.items():
+        for score in SCORES:
+            pair = inside[score], values[score]
+            protocol = {"score": score, "out": name, "in": f"{s.args.dataset} test",
+                        "n_in": len(pair[0]), "n_out": len(pair[1])}
+            n = len(pair[0]) + len(pair[1])
+            yield Number("auroc", ood.auroc(*pair), "fraction", n, protocol)
+            yield Number("aupr", ood.aupr(*pair), "fraction", n, protocol)
+            yield Number("fpr95", ood.fpr_at_95_tpr(*pair), "fraction", n, protocol)
+    out.npz("ood", **{f"in_{k}": v for k, v in inside.items()},
+            **{f"{file_name(o)}_{k}": v for o, vs in outside.items() for k, v in vs.items()})
+    draw_histograms(s, out, inside, outside)
+
+
+def histogram(s, out):
+    """The densities of log p(x) on the test split and on each out set (Table 8), no numbers."""
+    inside, outside = in_and_out_scores(s, ["log_p_x"])
+    draw_histograms(s, out, inside, outside)
+    return iter(())
+
+
+def draw_histograms(s, out, inside, outside):
+    for score in inside:
+        panels = {file_name(name): values[score] for name, values in outside.items()}
+        out.figure(f"histogram_{score}", plots.score_histograms(
+            inside[score], panels, s.args.dataset, SCORES[score],
+            s.title(SCORES[score], len(inside[score]))))
+
+
+def selected(s, x, protocol):
+    """The images of --top confidence per predicted class, and the protocol with it."""
+    if s.args.top == 1:
+        return x, {**protocol, "selection": "all"}
+    p = predict(s.model, x.to(s.device), s.args.batch_size).double().softmax(1).cpu()
+    keep = generation.select_per_class(p.amax(1).numpy(), p.argmax(1).numpy(), s.args.top)
+    return x[torch.from_numpy(keep)], {**protocol, "selection": f"top {s.args.top} per class"}
+
+
+def reference_images(s):
+    """The real images that generated ones are compared with: --reference of the paper's data."""
+    order = {"train": ("train", "valid"), "train+test": ("train", "valid", "test"),
+             "test": ("test",)}[s.args.reference]
+    return torch.cat([s.splits[name].x for name in order]).cpu()
+
+
+def fid(s, out):
+    """IS, FID and KID with pytorch-fid's Inception; fd_features in --features' network."""
+    x, protocol = s.generated()
+    x, protocol = selected(s, x, protocol)
+    protocol["reference"] = s.args.reference
+    try:
+        yield from inception_metrics(s, x, protocol)
+    except Unavailable as error:
+        if not s.args.features:
+            raise
+        skip("IS, FID, KID", error)
+    if s.args.features:
+        yield from feature_distance(s, x, protocol)
+    out.npz("fid_images", images=x[:2000].numpy())
+
+
+def cache_file(s, network):
+    """Statistics of the reference set in one network's features, beside the data."""
+    a = s.args
+    name = f"{a.dataset}{a.image_size}-{a.reference}-{network[:16]}.npz"
+    return Path(a.data_root) / "jempp-reference" / name
+
+
+def inception_metrics(s, x, protocol):
+    a, n = s.args, len(x)
+    network, sha256 = generation.inception(a.inception_weights, a.download)
+    network = network.to(s.device)
+    reference = generation.reference_statistics(
+        cache_file(s, sha256),
+        lambda: generation.inception_outputs(network, reference_images(s), a.batch_size)[0])
+    features, probabilities = generation.inception_outputs(network, x, a.batch_size)
+    protocol = {**protocol, "tool": "pytorch-fid", "n_reference": reference.n,
+                "inception_sha256": sha256,
+                "published_weights": sha256 == generation.WEIGHTS_SHA256,
+                "rank_deficient": generation.rank_deficient(n)}
+    mean, std = generation.inception_score(probabilities, a.is_splits)
+    splits = {**protocol, "splits": a.is_splits}
+    yield Number("is_mean", mean, "", n, splits)
+    yield Number("is_std", std, "", n, splits)
+    distance = generation.frechet_distance(generation.statistics(features), reference)
+    yield Number("fid", distance, "", n, protocol)
+    mean, std = generation.kernel_inception_distance(features, reference.features, a.kid_subsets,
+                                                     a.kid_subset_size, a.seed)
+    yield Number("kid", mean, "", n, {**protocol, "subsets": a.kid_subsets, "std": std,
+                                      "subset_size": a.kid_subset_size})
+
+
+def feature_distance(s, x, protocol):
+    judge = open_any(s.args.features)
+    model, n = judge.model.to(s.device), len(x)
+    reference = generation.reference_statistics(
+        cache_file(s, judge.sha256),
+        lambda: generation.penultimate_features(model, reference_images(s), s.args.batch_size))
+    features = generation.penultimate_features(model, x, s.args.batch_size)
+    distance = generation.frechet_distance(generation.statistics(features), reference)
+    yield Number("fd_features", distance, "", n, {
+        **protocol, "features_sha256": judge.sha256, "n_reference": reference.n,
+        "dimensions": features.shape[1],
+        "rank_deficient": generation.rank_deficient(n, features.shape[1])})
+
+
+def robust(s, out):
+    """Accuracy under white-box attacks of growing budget (Fig. 9), by two kinds of attack."""
+    a = s.args
+    x, y = s.images("test", a.n_attack or None)
+    for attack in a.attacks:
+        settings = {"steps": a.attack_steps} if attack != "autoattack" else {}
+        if attack == "margin":
+            settings["restarts"] = a.attack_restarts
+        run = {"pgd": robustness.pgd_accuracy, "margin": robustness.margin_pgd_accuracy,
+               "autoattack": robustness.autoattack_accuracy}[attack]
+        for norm, eps in (("linf", a.eps_linf), ("l2", a.eps_l2)):
+            if not eps:
+                continue
+            try:
+                result = run(s.model, x, y, [0.0, *eps], norm, batch_size=a.batch_size,
+                             seed=a.seed, progress=sys.stderr.isatty(), **settings)
+            except InputError as error:
+                if attack != "autoattack":
+                    raise
+                skip(f"autoattack {norm}", error)
+                continue
+            for budget, value in zip(result.eps, result.accuracy.tolist(), strict=True):
+                unit = "eps_255" if norm == "linf" else "eps"
+                yield Number("robust_accuracy", value, "fraction", len(y),
+                             {"attack": attack, "norm": norm, unit: budget, **settings})
+            out.npz(f"robustness_{attack}_{norm}", eps=np.array(result.eps),
+                    robust=result.robust.numpy(), correct=result.correct.numpy())
+
+
+def class_names(s):
+    """Names for rows of pictures."""
+    if s.args.dataset == "cifar10":
+        return ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    return [str(k) for k in range(s.model.config["n_classes"])]
+
+
+def by_class(s, x):
+    """Predicted class and log p(y|x), log p(x) + log Z of images [n, 3, H, W] in [-1, 1]."""
+    logits = predict(s.model, plots.to_uint8(x).to(s.device), s.args.batch_size).double().cpu()
+    return logits.argmax(1), logits.log_softmax(1).amax(1), logits.logsumexp(1)
+
+
+def samples(s, out):
+    """Grids of samples, unconditional and per class (Figs 3, 4, 12), the way of a chain, and the
+    class centres and draws of p_0 (Figs 2, 7, 8). Pictures only."""
+    a, names = s.args, class_names(s)
+    n_classes = len(names)
+    if s.opened.buffer is not None:
+        x = s.buffer()
+        out.figure("buffer", plots.image_rows(x[:100].split(10), [""] * len(x[:100].split(10)),
+                                              s.title("Replay buffer, first slots", len(x[:100]))))
+        predicted, _, _ = by_class(s, x)
+        rows = [x[predicted == k][:10] for k in range(n_classes)]
+        out.figure("buffer_by_class", plots.image_rows(
+            rows, names, s.title("Replay buffer by predicted class, unselected", len(x)), 10))
+    if a.init == "informative":
+        try:
+            centres = s.p0.means()
+        except Unavailable as error:
+            skip("samples from scratch", error)
+            return
+        y = torch.arange(n_classes).repeat_interleave(9)
+        streams = seed_step(a.seed, 0, "p0", s.device)
+        draws = s.p0.sample(len(y), y, host=streams.host, generator=streams.device)
+        rows = [torch.cat([c[None], d]) for c, d in zip(centres, draws.split(9), strict=True)]
+        out.figure("p0", plots.image_rows(
+            rows, names, s.title("Class centres (left) and draws of p0", len(y))))
+    words = f"PYLD from scratch, {a.chain_steps} outer steps"
+    free = s.chains(a.chain_batch, snapshots=10)
+    if not torch.isfinite(free[-1]).all():
+        raise InputError(f"{s.label}: its chains run off to infinity")
+    last = free[-1][:100]
+    out.figure("scratch", plots.image_rows(last.split(10), [""] * len(last.split(10)),
+                                           s.title(words, len(last))))
+    marks = [f"{round(k * a.chain_steps / 10)}" for k in range(11)]
+    out.figure("chains", plots.image_rows([x[:10] for x in free], marks, s.title(
+        "Chains from p0: one a column, outer step at the left", min(10, a.chain_batch))))
+    y = torch.arange(n_classes).repeat_interleave(10)
+    conditional = s.chains(len(y), y)[-1]
+    out.figure("scratch_by_class", plots.image_rows(
+        conditional.split(10), names, s.title(f"Conditional {words}", len(y))))
+    out.npz("samples", scratch=plots.to_uint8(free[-1]).numpy(),
+            by_class=plots.to_uint8(conditional).numpy(), y=y.numpy())
+    yield from ()
+
+
+def best_worst(s, out):
+    """Per predicted class, the images of highest and lowest log p(x) and p(y|x) (Figs 13-22)."""
+    x, _ = s.generated()
+    x = to_pixels(x)
+    predicted, log_p_y, log_p_x = by_class(s, x)
+    for name, words, score in (("p_x", "p(x)", log_p_x), ("p_y", "p(y|x)", log_p_y)):
+        for end, descending in (("best", True), ("worst", False)):
+            rows = []
+            for k in range(len(class_names(s))):
+                members = (predicted == k).nonzero().squeeze(1)
+                order = score[members].argsort(descending=descending, stable=True)
+                rows.append(x[members[order[:10]]])
+            title = f"{'Highest' if descending else 'Lowest'} {words} by predicted class"
+            out.figure(f"{end}_{name}", plots.image_rows(
+                rows, class_names(s), s.title(title, len(x)), 10))
+    out.npz("best_worst", predicted=predicted.numpy(), log_p_x=log_p_x.numpy(),
+            log_p_y=log_p_y.numpy())
+    yield from ()
+
+
+EVALUATIONS = {"accuracy": accuracy, "calibration": calibrate, "ood": detect_ood, "fid": fid,
+               "robustness": robust, "samples": samples, "best_worst": best_worst,
+               "histogram": histogram}

@@ -1,0 +1,241 @@
+"""How good generated images are: Inception Score, FID, KID, and a Frechet distance of our own.
+
+FID is pytorch-fid's: its network, resizing and matrix square root, on images from memory. Tools
+differ by more than rounding on the same images: a record names the tool, the SHA-256 of the
+weights, the reference images, their number and any selection. Too few images and non-finite values
+are an InputError, wrong shapes a ValueError.
+"""
+
+import contextlib
+import hashlib
+import http.client
+import socket
+import sys
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import pytorch_fid.inception
+import torch
+from pytorch_fid.fid_score import calculate_frechet_distance
+from scipy.special import rel_entr
+from torch import nn
+from tqdm import tqdm
+
+from utils import torch_files
+from utils.cli import InputError
+from utils.data import DOWNLOAD_TIMEOUT
+from utils.inference import predict
+from utils.records import replacing
+from utils.torch_files import one_line
+
+WEIGHTS_URL = pytorch_fid.inception.FID_WEIGHTS_URL
+# Of the published weights: with any other file the numbers are not FID, KID and IS.
+WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+KEPT_FEATURES = 10_000  # reference features that a cache keeps for KID: 82 MB at 2048 dimensions
+
+
+def inception(weights=None, download=True):
+    """(pytorch-fid's InceptionV3 in eval mode on the CPU, SHA-256 of its weights file).
+
+    The file is ``weights``, else the one in the torch hub cache, else (with ``download``) what
+    pytorch-fid would fetch. InputError, in one line, if there is none or it holds something else.
+    """
+    path = find_weights(weights, download)
+    try:
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        state = torch_files.read(path)
+        # pytorch-fid takes no weights file, but fetches its weights through this one function ...
+        with mock.patch.object(pytorch_fid.inception, "load_state_dict_from_url",
+                               lambda *args, **kwargs: state):
+            network = pytorch_fid.inception.InceptionV3()
+        # ... and drops the last layer. The Inception Score has always left out its bias.
+        network.last = nn.Parameter(state["fc.weight"], requires_grad=False)
+    except (InputError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} does not hold the Inception weights of pytorch-fid: replace it "
+                         f"by {WEIGHTS_URL} (--inception_weights) [{one_line(error)}]") from error
+    return network.eval(), sha256
+
+
+def find_weights(weights, download):
+    """The path of the Inception weights, downloaded to the torch hub cache if need be."""
+    path = Path(weights or Path(torch.hub.get_dir(), "checkpoints", Path(WEIGHTS_URL).name))
+    if path.is_file():
+        return path
+    why = f"no file {path}" if weights else "--no-download"
+    if download and not weights:
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub itself would wait for ever
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(WEIGHTS_URL, str(path), hash_prefix=WEIGHTS_SHA256)
+            return path
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            why = one_line(error)
+        finally:
+            socket.setdefaulttimeout(before)
+    raise InputError(f"no Inception weights: put {WEIGHTS_URL} at {path}, or name such a file "
+                     f"with --inception_weights [{why}]")
+
+
+@torch.no_grad()
+def inception_outputs(network, images, batch_size=50, progress=True):
+    """(features [N, 2048], probabilities [N, 1008]), float64, of uint8 images [N, 3, H, W].
+
+    Runs on the network's device, on images / 255 as pytorch-fid does with image files.
+    """
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"images are uint8 [N, 3, H, W], got {images.dtype} {images.shape}")
+    n_classes, n_features = network.last.shape
+    features, probabilities = (np.empty((len(images), size)) for size in (n_features, n_classes))
+    # disable=None: silent unless the output is a terminal.
+    for start in tqdm(range(0, len(images), batch_size), "Inception",
+                      disable=None if progress else True):
+        part = slice(start, start + batch_size)
+        pool3 = network(images[part].to(network.last.device).float() / 255)[0].flatten(1)
+        features[part] = pool3.cpu().numpy()
+        probabilities[part] = (pool3 @ network.last.T).double().softmax(1).cpu().numpy()
+    return features, probabilities
+
+
+def penultimate_features(model, images, batch_size=500):
+    """What the last layer of a JEM ``model`` gets, float64 [N, d], for uint8 images [N, 3, H, W].
+
+    In eval mode; the mode is put back. For ``fd_features``, the Frechet distance in features of a
+    classifier of ours: it compares only within the same checkpoint's features, and is not FID.
+    """
+    features = nn.Sequential(model.stem, model.trunk[:-1]).train(model.training)
+    images = images.to(next(model.parameters()).device)
+    return predict(features, images, batch_size).double().cpu().numpy()
+
+
+def statistics(features):
+    """(mean [d], covariance [d, d]) of features [n, d] in float64; InputError for n < 2."""
+    if len(features) < 2:
+        raise InputError(f"a covariance needs 2 images, there are {len(features)}")
+    features = checked(features, "features")
+    return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False))
+
+
+def rank_deficient(n, dimensions=2048):
+    """Whether a covariance of n images, of rank n - 1 at most, is singular whatever they show. The
+    Frechet distance is defined then, but biased upwards by far: the record has to say so."""
+    return n <= dimensions
+
+
+def frechet_distance(stats_a, stats_b):
+    """|mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)), the squared distance that FID is.
+
+    Each argument starts with a mean [d] and a covariance [d, d]. InputError where they differ in
+    shape, or are so nearly singular that pytorch-fid finds no real square root.
+    """
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # pytorch-fid prints remarks
+            return float(calculate_frechet_distance(*stats_a[:2], *stats_b[:2]))
+    except (AssertionError, ValueError) as error:
+        raise InputError("no Frechet distance: too few images, or features of two networks "
+                         f"[{one_line(error)}]") from error
+
+
+def inception_score(probabilities, splits):
+    """(mean, std) over ``splits`` consecutive parts of exp(E_x KL(p(y|x) || p(y))), in [1, K].
+
+    ``probabilities`` [N, K] have rows that sum to 1 and an order that is not by class. InputError
+    for fewer images than splits.
+    """
+    n = len(probabilities)
+    if not 1 <= splits <= n:
+        raise InputError(f"the Inception Score of {n} images cannot have {splits} splits")
+    probabilities, scores = checked(probabilities, "probabilities"), []
+    for k in range(splits):
+        part = probabilities[k * n // splits:(k + 1) * n // splits]
+        scores.append(np.exp(rel_entr(part, part.mean(0)).sum(1).mean()))  # 0 log 0 = 0
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def kernel_inception_distance(features_a, features_b, subsets=100, subset_size=1000, seed=0):
+    """(mean, std) over random subsets of the unbiased MMD^2 with kernel (x.y / d + 1)^3.
+
+    Features [n, d]; each subset is drawn without replacement, from both sets anew. The estimate is
+    unbiased at any size and so may be negative. InputError for fewer images than subset_size.
+    """
+    m, n = subset_size, min(len(features_a), len(features_b))
+    if not 2 <= m <= n:
+        raise InputError(f"KID cannot take subsets of {m} from {n} images (2 at least)")
+    random, values = np.random.default_rng(seed), []
+    for _ in range(subsets):
+        x, y = (checked(f[random.choice(len(f), m, replace=False)], "features")
+                for f in (features_a, features_b))
+        xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        within = xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)  # pairs i != j
+        values.append(within / (m * (m - 1)) - 2 * xy.mean())
+    return float(np.mean(values)), float(np.std(values))
+
+
+def checked(values, name):
+    """``values`` [N, d] in float64; InputError if any is NaN or infinite."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 2:
+        raise ValueError(f"{name} are [N, d], got shape {values.shape}")
+    if not np.isfinite(values).all():
+        raise InputError(f"{name} hold NaN or infinity: the network that made them is broken")
+    return values
+
+
+def select_per_class(probability, predicted, fraction):
+    """Indices, ascending, of the most confident ``fraction``, in (0, 1], of each predicted class.
+
+    ``probability`` [N] is p(y|x) of the predicted class, ``predicted`` [N] that class. Of n_y
+    images round(fraction n_y) are taken, at least one; of equals the earlier. FID depends on such
+    a selection: the record has to name it.
+    """
+    probability, predicted = np.asarray(probability), np.asarray(predicted)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction lies in (0, 1], got {fraction}")
+    if not np.isfinite(probability).all():
+        raise InputError("p(y|x) holds NaN or infinity: nothing can be ranked by it")
+    taken = np.zeros(len(predicted), dtype=bool)
+    for y in np.unique(predicted):
+        members = np.flatnonzero(predicted == y)
+        ranked = members[np.argsort(-probability[members], kind="stable")]
+        taken[ranked[:max(1, round(fraction * len(members)))]] = True
+    return np.flatnonzero(taken)
+
+
+class Reference(NamedTuple):
+    """Statistics of ``n`` reference images, to pass to frechet_distance, and for KID up to
+    KEPT_FEATURES of their features, float32, evenly spaced over the set."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    n: int
+    features: np.ndarray
+
+
+def reference_statistics(path, compute):
+    """The ``Reference`` cached at ``path`` (.npz); else that of the features [n, d] that
+    ``compute()`` gives, which is then written there. A file that cannot be used is replaced, with
+    a line on stderr. The caller's file name has to tell reference set and network apart.
+    """
+    path = Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            cached = Reference(file["mean"], file["covariance"], int(file["n"]), file["features"])
+        d = len(cached.mean)
+        if cached.covariance.shape != (d, d) or cached.features.shape[1:] != (d,):
+            raise ValueError("its shapes do not fit together")
+        return cached
+    except FileNotFoundError:
+        pass
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError,
+            zipfile.BadZipFile) as error:
+        print(f"{path} is no usable cache [{one_line(error)}]: computing it again", file=sys.stderr)
+    features = compute()
+    kept = np.linspace(0, len(features) - 1, min(len(features), KEPT_FEATURES)).astype(np.int64)
+    reference = Reference(*statistics(features), len(features), features[kept].astype(np.float32))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        np.savez(file, **reference._asdict())
+    return reference

@@ -1,0 +1,35 @@
+"""Reading files that torch.save wrote, whoever wrote them."""
+
+import pickle
+import zipfile
+
+import torch
+
+from utils.cli import InputError
+
+
+def read(path):
+    """The content of a checkpoint file, on the CPU. Nothing in it is executed.
+
+    InputError, in one line, for a file that is missing, cut short, damaged, of another kind, or
+    that holds anything but tensors and plain values (``weights_only=True``).
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"no checkpoint {path}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder: name a checkpoint file in it") from None
+    except pickle.UnpicklingError as error:
+        unsafe = "Unsupported global" in str(error) or "weights_only" in str(error)
+        reason = "it holds more than tensors and plain values" if unsafe else one_line(error)
+        raise InputError(f"{path} is refused: {reason}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError,
+            OverflowError, MemoryError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} cannot be read as a checkpoint: it is cut short, damaged or of "
+                         f"another kind [{one_line(error)}]") from error
+
+
+def one_line(error, length=160):
+    """An exception's message in one short line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:length]
