@@ -9,4 +9,8 @@ RUN=${RUN:-runs/quickstart}
 python train_jempp.py --dataset digits --depth 10 --width 1 --n_steps 5 --buffer_size 1000 \
     --warmup_iters 100 --n_epochs 30 --decay_epochs 18 25 --print_every 20 --run_dir "$RUN" "$@"
 
-echo "curves: tensorboard --logdir $RUN    pictures: $RUN/samples/"
+python eval_jempp.py --load_path "$RUN/best.pt" --results "$RUN/eval/results.jsonl" --no-download \
+    --eval accuracy calibration ood robustness samples best_worst --ood interp uniform constant \
+    --eps_linf 4 8 16 --eps_l2 0.5 1 --attack_restarts 2 --chain_steps 100
+
+echo "pictures: $RUN/eval/*.png and $RUN/samples/    curves: tensorboard --logdir $RUN"

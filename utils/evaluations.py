@@ -286,6 +286,8 @@ def reference_images(s):
 
 def fid(s, out):
     """IS, FID and KID with pytorch-fid's Inception; fd_features in --features' network."""
+    if s.args.features:
+        open_any(s.args.features)  # a wrong file is told at once, not after hours
     x, protocol = s.generated()
     x, protocol = selected(s, x, protocol)
     protocol["reference"] = s.args.reference
@@ -309,6 +311,9 @@ def cache_file(s, network):
 
 def inception_metrics(s, x, protocol):
     a, n = s.args, len(x)
+    if n < max(2, a.is_splits, a.kid_subset_size):
+        raise InputError(f"{n} generated images are too few for --is_splits {a.is_splits} and "
+                         f"--kid_subset_size {a.kid_subset_size}")
     network, sha256 = generation.inception(a.inception_weights, a.download)
     network = network.to(s.device)
     reference = generation.reference_statistics(

@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from utils import torch_files
-from utils.cli import InputError
+from utils.cli import InputError, Unavailable
 from utils.data import DOWNLOAD_TIMEOUT
 from utils.inference import predict
 from utils.records import replacing
@@ -76,8 +76,8 @@ def find_weights(weights, download):
             why = one_line(error)
         finally:
             socket.setdefaulttimeout(before)
-    raise InputError(f"no Inception weights: put {WEIGHTS_URL} at {path}, or name such a file "
-                     f"with --inception_weights [{why}]")
+    raise Unavailable(f"no Inception weights: put {WEIGHTS_URL} at {path}, or name such a file "
+                      f"with --inception_weights [{why}]")
 
 
 @torch.no_grad()

@@ -2,11 +2,9 @@
 
 Budgets ``eps`` are typed as on the paper's axes: L-inf in 1/255 of [0, 1] images, L2 as a norm of
 [0, 1] images. Inside, images are [-1, 1] and the budget there is called ``radius``.
-``pgd_accuracy`` is the usual attack, PGD on the cross-entropy; ``margin_pgd_accuracy`` and, where
-it is installed, ``autoattack_accuracy`` tell robustness from gradients that merely vanish.
+``pgd_accuracy`` is the usual attack; the others tell robustness from vanishing gradients.
 """
 
-import importlib
 import math
 import os
 from contextlib import contextmanager
@@ -16,17 +14,16 @@ import torch
 from tqdm import tqdm
 
 from samplers import to_pixels
-from utils.cli import InputError
+from utils.cli import InputError, Unavailable
+from utils.inference import predict
 from utils.seeding import generator
 
-AUTOATTACK = "pyautoattack==0.2.0"
 AUTOATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")  # its standard version, in its order
 
 
 class Robustness(NamedTuple):
-    """Rows stand for the budgets ``eps`` [E] in the order typed. ``robust`` bool [E, N]: the image
-    is classified right, and still is after the attack at this and every smaller budget;
-    ``accuracy`` float64 [E] is its mean; ``correct`` bool [N] is that of the clean images."""
+    """Rows are the budgets ``eps`` [E] as typed. ``robust`` bool [E, N]: right at this and
+    every smaller budget, 0 included; ``accuracy`` float64 [E]: its mean; ``correct`` [N]: at 0."""
 
     eps: list
     accuracy: torch.Tensor
@@ -41,27 +38,20 @@ def ball_radius(eps, norm):
 
 def lengths(delta, norm):
     """L-inf or L2 norm of each perturbation [B, C, H, W], shaped [B, 1, 1, 1]."""
-    order = math.inf if norm == "linf" else 2
-    return torch.linalg.vector_norm(delta, order, dim=(1, 2, 3), keepdim=True)
+    return torch.linalg.vector_norm(delta, math.inf if norm == "linf" else 2, (1, 2, 3), True)
 
 
 def random_starts(x, norm, seed, indices, restart=0):
-    """Perturbations like ``x`` [B, C, H, W], uniform in the unit ball: image i's depends on
-    (seed, i, restart) alone, hence not on batch size, device or which images are still attacked."""
-    starts = []
-    for index in indices.tolist():
-        source = generator("cpu", "attack", seed, index, restart)
-        if norm == "linf":
-            starts.append(torch.rand(x.shape[1:], generator=source) * 2 - 1)
-        else:
-            direction = torch.randn(x.shape[1:], generator=source)
-            length = torch.rand((), generator=source) ** (1 / direction.numel())
-            starts.append(direction * (length / direction.norm()))
-    return torch.stack(starts).to(x.device)
+    """Perturbations like ``x`` [B, C, H, W], uniform in the unit cube or on the unit sphere; image
+    i's depends on (seed, i, restart) alone: not on batch, device or which images are attacked."""
+    draw = torch.rand if norm == "linf" else torch.randn
+    z = torch.stack([draw(x.shape[1:], generator=generator("cpu", "attack", seed, i, restart))
+                     for i in indices.tolist()])
+    return (2 * z - 1 if norm == "linf" else z / lengths(z, norm)).to(x.device)
 
 
 def finite(values):
-    """``values`` as they are; InputError if one is NaN or infinite: nothing is measured then."""
+    """``values`` as they are; InputError if one is NaN or infinite: nothing can be measured."""
     if not torch.isfinite(values).all():
         raise InputError("the network's logits or gradients are not finite: its weights are broken")
     return values
@@ -77,8 +67,7 @@ def foolbox_pgd(model, x, y, radius, norm, *, steps, rel_stepsize, start=None):
     attack = kind(rel_stepsize=rel_stepsize, steps=steps, random_start=start is not None)
     # its own start would come from torch's global stream, a whole batch at a time
     attack.get_random_start = lambda x_0, epsilon: x_0 + epsilon * eagerpy.astensor(start)
-    wrapped = foolbox.PyTorchModel(model, bounds=(-1, 1), device=x.device)
-    return attack(wrapped, x, y, epsilons=radius)[1]
+    return attack(foolbox.PyTorchModel(model, (-1, 1), x.device), x, y, epsilons=radius)[1]
 
 
 def margin(logits, y, target=None):
@@ -91,10 +80,9 @@ def margin(logits, y, target=None):
 def margin_pgd(model, x, y, radius, norm, *, steps, starts):
     """Projected ascent of the logit margin from each of ``starts`` in turn: images [B, C, H, W].
 
-    A margin has a gradient where the cross-entropy of a confident network has none. The first
-    pass follows the largest other logit, pass r the r-th largest of the clean image, since the
-    nearest boundary is often not the largest logit's. The step falls from 2 radius to 0 as a
-    cosine; each image keeps its iterate of largest margin and is left alone once broken.
+    A margin has a gradient where the cross-entropy of a confident network has none. The first turn
+    follows the largest other logit, turn r the clean image's r-th largest: the nearest boundary
+    may be another class's. Steps fall from 2 radius to 0 as a cosine; the best iterate is kept.
     """
     z = model(x)
     best, x_adv = margin(z, y), x.clone()
@@ -107,14 +95,13 @@ def margin_pgd(model, x, y, radius, norm, *, steps, starts):
         target = runners_up[todo, (turn - 1) % runners_up.shape[1]] if turn else None
         x_t = (x_0 + radius * start[todo]).clamp(-1, 1)
         for step in range(steps + 1):
-            x_t.requires_grad_()
-            z = model(x_t)
+            z = model(x_t.requires_grad_())
             slope = finite(torch.autograd.grad(margin(z, y_0, target).sum(), x_t)[0])
             x_t, reached = x_t.detach(), margin(z.detach(), y_0)
             better = reached > best[todo]
             best[todo[better]], x_adv[todo[better]] = reached[better], x_t[better]
             step_size = radius * (1 + math.cos(math.pi * step / steps))
-            slope = slope.sign() if norm == "linf" else slope / lengths(slope, norm).clamp_min(1e-30)
+            slope = slope.sign() if norm == "linf" else slope / (lengths(slope, norm) + 1e-30)
             delta = x_t + step_size * slope - x_0
             delta = (delta.clamp(-radius, radius) if norm == "linf"
                      else delta * (radius / lengths(delta, norm).clamp_min(radius)))
@@ -125,52 +112,41 @@ def margin_pgd(model, x, y, radius, norm, *, steps, starts):
 @contextmanager
 def frozen(model):
     """Inside: eval mode and constant parameters. After: each module and parameter as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = [(module, "training", module.training) for module in model.modules()]
+    before += [(weight, "requires_grad", weight.requires_grad) for weight in model.parameters()]
     try:
         model.eval().requires_grad_(False)
         with torch.enable_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 def robust_accuracy(model, x, y, eps, norm, attack, *, batch_size=100, progress=False):
     """``Robustness`` of images ``x`` uint8 [N, 3, H, W], labels ``y`` [N], at budgets ``eps`` under
     ``attack(x, y, radius, indices) -> x_adv``; InputError for input that makes no sense."""
-    if norm not in ("linf", "l2"):
-        raise InputError(f"norm is linf or l2, got {norm!r}")
-    if not len(eps) or not all(math.isfinite(e) and e >= 0 for e in eps):
-        raise InputError(f"attack budgets are finite numbers >= 0, got {list(eps)}")
+    if norm not in ("linf", "l2") or not len(eps) or not all(0 <= e < math.inf for e in eps):
+        raise InputError(f"an attack's norm is linf or l2, its budgets are >= 0: {norm!r}, {eps}")
     if not len(x) or len(x) != len(y) or x.dtype != torch.uint8 or batch_size < 1:
-        raise InputError(f"an attack needs uint8 images, a label each, in batches of 1 or more: got "
-                         f"{len(x)} ({x.dtype}), {len(y)} labels, batches of {batch_size}")
-    y, device, robust = y.cpu().long(), next(model.parameters()).device, {}
-
-    def is_right(images, i):
-        return (finite(model(images)).argmax(1) == y[i].to(device)).cpu()
-
+        raise InputError(f"attacks need uint8 images, a label each, batches: {len(x)}, {len(y)}")
+    device = next(model.parameters()).device
+    x, y = x.to(device), y.to(device).long()
+    robust = torch.zeros(len(eps), len(x), dtype=torch.bool)
     with frozen(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        parts = torch.arange(len(x)).split(batch_size)
-        alive = torch.cat([is_right(to_pixels(x[i.to(x.device)].to(device)), i) for i in parts])
-        correct = alive.clone()
-        for budget in sorted(set(eps)):
-            radius = ball_radius(budget, norm)
-            parts = alive.nonzero().squeeze(1).split(batch_size) if radius else ()
-            for i in tqdm(parts, f"{norm} {budget:g}", leave=False, disable=not progress):
-                if not len(i):  # nothing is left to attack
-                    break
-                x_0 = to_pixels(x[i.to(x.device)].to(device))
-                x_adv = attack(x_0, y[i].to(device), radius, i)
+        correct = finite(predict(model, x, batch_size)).argmax(1) == y
+        alive = correct.clone()
+        for row in sorted(range(len(eps)), key=eps.__getitem__):
+            radius, todo = ball_radius(eps[row], norm), alive.nonzero().squeeze(1)
+            parts = todo.split(batch_size) if radius and len(todo) else ()
+            for i in tqdm(parts, f"{norm} {eps[row]:g}", leave=False, disable=not progress):
+                x_0 = to_pixels(x[i])
+                x_adv = attack(x_0, y[i], radius, i)
                 if (x_adv.abs() > 1).any() or (lengths(x_adv - x_0, norm) > radius + 1e-4).any():
                     raise RuntimeError(f"an attack left the image box or its {norm} ball")
-                alive[i] = is_right(x_adv, i)
-            robust[budget] = alive.clone()
-    robust = torch.stack([robust[budget] for budget in eps])
-    return Robustness(list(eps), robust.double().mean(1), robust, correct)
+                alive[i] = finite(model(x_adv)).argmax(1) == y[i]
+            robust[row] = alive.cpu()
+    return Robustness(list(eps), robust.double().mean(1), robust, correct.cpu())
 
 
 def pgd_accuracy(model, x, y, eps, norm, *, steps=40, rel_stepsize=None, random_start=True, seed=0,
@@ -204,9 +180,9 @@ def autoattack_accuracy(model, x, y, eps, norm, *, attacks=AUTOATTACKS, seed=0, 
     """``robust_accuracy`` under AutoAttack (Croce & Hein, 2020), its standard version or some of
     its ``attacks``. It is seeded once a batch, so that numbers may depend on ``batch_size``."""
     try:
-        library = importlib.import_module("pyautoattack")
+        from pyautoattack import AutoAttack
     except ImportError:
-        raise InputError(f"AutoAttack is not installed: pip install {AUTOATTACK}") from None
+        raise Unavailable("AutoAttack is not installed: pip install pyautoattack==0.2.0") from None
     if not attacks or set(attacks) - set(AUTOATTACKS):
         raise InputError(f"attacks are some of {', '.join(AUTOATTACKS)}, got {list(attacks)}")
 
@@ -214,8 +190,8 @@ def autoattack_accuracy(model, x, y, eps, norm, *, attacks=AUTOATTACKS, seed=0, 
         n_others = model(x_0[:1]).shape[1] - 1
         if n_others < 3 and "apgd-t" in attacks:
             raise InputError("AutoAttack's apgd-t needs 4 classes or more: name the other attacks")
-        run = library.AutoAttack(lambda images: model(2 * images - 1), device=x_0.device, seed=seed,
-                                 norm={"linf": "Linf", "l2": "L2"}[norm], eps=radius / 2)
+        run = AutoAttack(lambda images: model(2 * images - 1), norm=norm.capitalize(),
+                         eps=radius / 2, seed=seed, device=x_0.device)
         run.attacks_to_run = list(attacks)
         run.apgd_targeted.n_target_classes = run.fab.n_target_classes = min(9, n_others)
         x_adv, _ = run.run_standard_evaluation((x_0 + 1) / 2, labels, batch_size=len(x_0))

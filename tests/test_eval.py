@@ -1,0 +1,255 @@
+"""eval_jempp.py from end to end: records, raw scores, pictures, any checkpoint, bad input."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+from test_official import FIXTURE, needs_fixture, released_file
+
+import eval_jempp
+import train_jempp
+from utils import calibration, evaluations, ood
+from utils.data import Images
+from utils.records import read_jsonl
+
+QUICK = ["--n_attack", "20", "--eps_linf", "8", "--eps_l2", "0.5", "--attack_steps", "3",
+         "--attack_restarts", "2", "--chain_steps", "3", "--chain_batch", "12", "--ood", "interp",
+         "uniform", "--is_splits", "2", "--kid_subset_size", "20", "--num_threads", "1", "--device",
+         "cpu", "--no-download"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny joint model and a softmax model on digits."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, flags in (("joint", []), ("softmax", ["--p_x_weight", "0"])):
+        argv = [*TINY, "--run_dir", folder / name, "--n_epochs", "3", "--lr", "0.05", *flags]
+        assert train_jempp.main([str(word) for word in argv]) == 0
+    return folder
+
+
+def numbers(path, metric, **protocol):
+    """Values of a metric in a results file, of records whose protocol holds these entries."""
+    return [r["value"] for r in read_jsonl(path)
+            if r["metric"] == metric and protocol.items() <= r["protocol"].items()]
+
+
+def test_everything_that_needs_no_download_in_one_command(run, tmp_path, call):
+    out = tmp_path / "out.jsonl"
+    code, text, err = call(eval_jempp.main, [
+        "--load_path", run / "joint" / "last.pt", run / "softmax" / "last.pt", "--labels", "joint",
+        "softmax", "--eval", *evaluations.EVALUATIONS, "--features",
+        run / "softmax" / "last.pt", "--data_root", tmp_path, "--results", out, *QUICK])
+    assert code == 0 and "Traceback" not in err, err
+    # what cannot be had is said in one line each: Inception, and the softmax model's buffer
+    lines = err.strip().splitlines()
+    assert all(line.startswith("left out: ") for line in lines)
+    assert sum("Inception weights" in line for line in lines) == 1
+    records = read_jsonl(out)
+    keys = {"metric", "value", "unit", "n", "protocol", "checkpoint", "overrides", "method",
+            "dataset", "seed", "env", "seconds", "time"}
+    assert all(keys <= r.keys() and np.isfinite(r["value"]) for r in records)
+    assert {r["metric"] for r in records} == {
+        "accuracy", "nll", "brier", "ece", "ece_adaptive", "auroc", "aupr", "fpr95",
+        "fd_features", "robust_accuracy"}
+    assert {r["method"] for r in records} == {"jempp M=2", "softmax"}
+    assert records[0]["checkpoint"].keys() == {"path", "sha256", "step", "epoch"}
+    assert set(records[0]["env"]) >= {"torch", "device", "cpu", "commit", "dirty"}
+    pictures = {p.name for p in tmp_path.glob("*.png")}
+    assert {"joint_reliability.png", "softmax_reliability.png", "joint_histogram_log_p_x.png",
+            "robustness_linf.png", "robustness_l2.png", "joint_buffer.png", "joint_p0.png",
+            "joint_scratch_by_class.png", "joint_chains.png", "joint_best_p_x.png",
+            "joint_worst_p_y.png"} <= pictures
+    assert all(Image.open(tmp_path / name).size[0] > 200 for name in pictures)
+
+
+def test_metrics_can_be_recomputed_from_the_raw_scores(run, tmp_path, call):
+    out = tmp_path / "out.jsonl"
+    assert call(eval_jempp.main, [
+        "--load_path", run / "joint" / "last.pt", "--labels", "m", "--eval", "accuracy",
+        "calibration", "ood", "--results", out, *QUICK])[0] == 0
+    raw = np.load(tmp_path / "m_accuracy_test.npz")
+    right = raw["logits"].argmax(1) == raw["y"]
+    assert numbers(out, "accuracy", split="test") == [pytest.approx(right.mean())]
+    assert numbers(out, "accuracy", split="test", correct=int(right.sum()))
+    raw = np.load(tmp_path / "m_calibration.npz")
+    assert numbers(out, "ece") == [pytest.approx(calibration.expected_calibration_error(
+        raw["confidence"], raw["correct"]))]
+    raw = np.load(tmp_path / "m_ood.npz")
+    assert len(raw["in_grad_norm"]) == 360
+    assert numbers(out, "auroc", out="uniform", score="grad_norm") == [pytest.approx(ood.auroc(
+        raw["in_grad_norm"], raw["uniform_grad_norm"]))]
+
+
+def test_batch_size_changes_no_metric(run, tmp_path, call):
+    values = []
+    for batch in ("7", "360"):
+        out = tmp_path / f"{batch}.jsonl"
+        assert call(eval_jempp.main, [
+            "--load_path", run / "joint" / "last.pt", "--eval", "accuracy", "calibration", "ood",
+            "fid", "--features", run / "softmax" / "last.pt", "--data_root", tmp_path / batch,
+            "--sigma", "0.03", "--batch_size", batch, "--results", out, *QUICK])[0] == 0
+        values.append([(r["metric"], r["protocol"].get("split"), r["value"])
+                       for r in read_jsonl(out)])
+    assert [v[:2] for v in values[0]] == [v[:2] for v in values[1]]
+    for (metric, _, small), (_, _, large) in zip(*values, strict=True):
+        assert small == pytest.approx(large, rel=1e-6), metric
+
+
+def test_settings_come_from_the_checkpoint_and_overrides_are_recorded(run, tmp_path, call):
+    out = tmp_path / "out.jsonl"
+    argv = ["--load_path", run / "joint" / "last.pt", "--eval", "accuracy", "--results", out]
+    assert call(eval_jempp.main, argv)[0] == 0
+    assert call(eval_jempp.main, [*argv, "--image_size", "32", "--n_valid", "10"])[0] == 0
+    records = read_jsonl(out)
+    assert records[0]["overrides"] == {}
+    assert records[-1]["overrides"] == {"image_size": 32, "n_valid": 10}
+    assert [r["n"] for r in records if r["metric"] == "accuracy"] == [48, 1389, 360, 1427, 10, 360]
+
+
+def test_samples_leave_the_network_alone_and_follow_the_seed(run, tmp_path, call):
+    drawn = []
+    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        argv = ["--load_path", run / "joint" / "last.pt", "--labels", name, "--seed", seed,
+                "--eval", "samples", "accuracy", "--results", tmp_path / f"{name}.jsonl"]
+        assert call(eval_jempp.main, [*argv, *QUICK])[0] == 0
+        drawn.append(np.load(tmp_path / f"{name}_samples.npz")["scratch"])
+    assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
+    assert call(eval_jempp.main, ["--load_path", run / "joint" / "last.pt", "--eval", "accuracy",
+                                  "--results", tmp_path / "alone.jsonl", *QUICK])[0] == 0
+    assert numbers(tmp_path / "alone.jsonl", "nll") == numbers(tmp_path / "a.jsonl", "nll")
+
+
+def test_an_out_set_that_is_not_there_is_said_and_the_others_go_on(run, tmp_path, call):
+    out = tmp_path / "out.jsonl"
+    argv = ["--load_path", run / "joint" / "last.pt", "--eval", "ood", "--results", out, *QUICK,
+            "--data_root", tmp_path]
+    code, text, err = call(eval_jempp.main, [*argv, "--ood", "svhn", "constant"])
+    assert code == 0 and len(err.strip().splitlines()) == 1 and "left out: ood svhn" in err
+    assert {r["protocol"]["out"] for r in read_jsonl(out)} == {"constant"}
+    code, text, err = call(eval_jempp.main, [*argv, "--ood", "svhn"])
+    assert code == 2 and "nothing could be measured" in err
+
+
+# -- other people's files -------------------------------------------------------------------------
+@needs_fixture
+@pytest.mark.parametrize("name", ("official_wrn10_1_batch", "official_wrn10_1_none_legacy",
+                                  "jem_wrn10_1_batch"))
+def test_released_files_give_the_fixtures_numbers(tmp_path, call, monkeypatch, name):
+    theirs = np.load(FIXTURE / f"{name.removesuffix('_legacy')}.npz")
+    logits = theirs["f64_logits_eval"]
+    y = logits.argmax(1)
+    y[:3] = (y[:3] + 1) % 10  # 5 of 8 right
+    images = Images(torch.from_numpy(theirs["x"]), torch.from_numpy(y))
+    monkeypatch.setattr(evaluations, "load_splits", lambda *a, **k: (images, images, images))
+    monkeypatch.setattr("utils.inference.to_pixels", lambda x: x)  # the fixture's x is no uint8
+    monkeypatch.setattr("utils.evaluations.ood.out_images", lambda *a, **k: images.x)
+    monkeypatch.setattr("utils.evaluations.ood.gradient_norm_score",
+                        lambda model, x, batch: torch.zeros(len(x)))
+    out = tmp_path / "out.jsonl"
+    code, text, err = call(eval_jempp.main, [
+        "--load_path", FIXTURE / f"{name}.pt", "--labels", "m", "--eval", "accuracy", "ood",
+        "--dataset", "cifar10", "--splits", "test", "--results", out, *QUICK])
+    assert code == 0, err
+    assert "no arguments" in text
+    assert numbers(out, "accuracy") == [5 / 8]
+    assert np.abs(np.load(tmp_path / "m_accuracy_test.npz")["logits"] - logits).max() < 1e-4
+    scores = np.load(tmp_path / "m_ood.npz")
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    log_z = np.log(p.sum(1)) + logits.max(1)
+    assert np.abs(scores["in_log_p_x"] - log_z).max() < 1e-4
+    assert np.abs(scores["in_max_p_y"] - (p / p.sum(1, keepdims=True)).max(1)).max() < 1e-5
+
+
+def test_a_released_file_without_data_set_or_buffer_is_asked_for_by_flag(tmp_path, call):
+    content = released_file(tmp_path / "a.pt")
+    torch.save(content["model_state_dict"], tmp_path / "bare.pt")
+    argv = ["--load_path", tmp_path / "bare.pt", "--results", tmp_path / "o.jsonl", *QUICK]
+    code, text, err = call(eval_jempp.main, [*argv, "--eval", "accuracy"])
+    assert code == 2 and "--dataset" in err
+    argv += ["--dataset", "digits", "--image_size", "32"]
+    code, text, err = call(eval_jempp.main, [*argv, "--eval", "accuracy", "best_worst"])
+    assert code == 0 and "holds no buffer" in text and "--source scratch" in err
+    code, text, err = call(eval_jempp.main, [*argv, "--eval", "best_worst", "--source", "scratch",
+                                             "--n_samples", "20"])
+    assert code == 0, err
+
+
+# -- bad input ------------------------------------------------------------------------------------
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def broken(kind, run, folder):
+    """A file of each bad kind."""
+    path = folder / f"{kind}.pt"
+    good = run / "joint" / "best.pt"
+    if kind == "text":
+        path.write_text("hello\n" * 50)
+    elif kind == "truncated":
+        path.write_bytes(good.read_bytes()[:-5000])
+    elif kind == "pickle":
+        torch.save({"format": "jempp-1", "model": Evil()}, path)
+    elif kind == "missing_key":
+        content = torch.load(good, weights_only=True)
+        content["model"].pop("trunk.head.bias")
+        torch.save(content, path)
+    elif kind == "released_missing_key":
+        released_file(path, **{"f.layer3.0.conv2.weight": None})
+    elif kind == "nan":
+        content = torch.load(good, weights_only=True)
+        content["model"]["stem.bias"][0] = float("nan")
+        torch.save(content, path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "other":
+        torch.save([1, 2, 3], path)
+    return path
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("text", "cannot be read"), ("truncated", "cannot be read"), ("pickle", "refused"),
+    ("missing_key", "do not fit"), ("released_missing_key", "Missing key"), ("nan", "not all fin"),
+    ("folder", "is a folder"), ("other", "not a checkpoint"), ("absent", "no checkpoint")])
+def test_a_bad_checkpoint_is_one_line_and_costs_no_record(
+        run, tmp_path, call, monkeypatch, kind, words):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out.jsonl"
+    out.write_text(json.dumps({"metric": "earlier"}) + "\n")
+    code, text, err = call(eval_jempp.main, ["--load_path", broken(kind, run, tmp_path), "--eval",
+                                             "accuracy", "--results", out])
+    assert code == 2 and words in err and len(err.strip().splitlines()) == 1
+    assert read_jsonl(out) == [{"metric": "earlier"}] and not Path("executed").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--eval", "accuracy", "--n_images", "1000"], "were asked for"),
+    (["--eval", "robustness", "--n_attack", "361"], "were asked for"),
+    (["--eval", "robustness", "--eps_linf", "-1"], "eps_linf"),
+    (["--eval", "ood", "--ood", "folder:EMPTY"], "holds no image"),
+    (["--eval", "ood", "--ood", "folder:/nonexistent"], "is no folder"),
+    (["--eval", "ood", "--ood", "imagenet"], "unknown out-of-distribution set"),
+    (["--eval", "accuracy", "--dataset", "cifar100"], "knows 10 classes"),
+    (["--eval", "best_worst", "--n_samples", "41"], "buffer holds 40"),
+    (["--eval", "everything"], "invalid choice"),
+    (["--eval", "fid", "--features", "absent.pt", "--no-download"], "no checkpoint"),
+    (["--eval", "accuracy", "--labels", "a", "b"], "2 --labels for 1"),
+])
+def test_bad_flags_are_one_line_and_cost_no_record(run, tmp_path, call, flags, words, monkeypatch):
+    if "cifar100" in flags:
+        zeros = Images(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2).long())
+        monkeypatch.setattr(evaluations, "load_splits", lambda *a, **k: (zeros, zeros, zeros))
+    (tmp_path / "empty").mkdir()
+    flags = [word.replace("EMPTY", str(tmp_path / "empty")) for word in flags]
+    out = tmp_path / "out.jsonl"
+    out.write_text(json.dumps({"metric": "earlier"}) + "\n")
+    code, text, err = call(eval_jempp.main, ["--load_path", run / "joint" / "best.pt", "--results",
+                                             out, *flags])
+    assert code == 2 and words in err.strip().splitlines()[-1] and "Traceback" not in err
+    assert read_jsonl(out) == [{"metric": "earlier"}]

@@ -1,0 +1,131 @@
+"""Every script is at least parsed, README's commands and flags exist, the benchmark runs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import eval_jempp
+import train_jempp
+from scripts import benchmark
+from scripts.literal import OneByOneGaussians, literal_step
+from utils.cli import pick_device
+
+SCRIPTS = sorted((ROOT / "scripts").glob("*.sh")) + [ROOT / ".ci" / "run"]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_shell_scripts_parse(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert os.access(script, os.X_OK)
+
+
+def shell(*words):
+    """Run with this Python first on the path, as in .venv."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(words, cwd=ROOT, env={**os.environ, "PATH": path}, text=True,
+                          capture_output=True, timeout=120)
+
+
+def test_train_cifar10_is_the_papers_run_and_passes_words_on():
+    done = shell("bash", "scripts/train_cifar10.sh", "--n_steps", "20", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    defaults = vars(train_jempp.parse_args([]))
+    changed = {k: v for k, v in json.loads(done.stdout).items() if v != defaults[k]}
+    assert changed == {"n_steps": 20, "run_dir": "runs/cifar10_m10", "dry_run": True}
+
+
+def test_a_wrong_flag_ends_a_script_with_code_2():
+    done = shell("bash", "scripts/train_cifar10.sh", "--depth", "27")
+    assert done.returncode == 2 and "6n + 4" in done.stderr and "Traceback" not in done.stderr
+
+
+def commands(program):
+    """README's commands for a program, as lists of words."""
+    lines = [line.split("#")[0].split() for line in README.splitlines()
+             if line.startswith(f"python {program}")]
+    assert lines
+    return [words[2:] for words in lines if "--help" not in words]
+
+
+@pytest.mark.parametrize("words", commands("train_jempp.py"), ids=" ".join)
+def test_readmes_training_commands_parse(words):
+    train_jempp.parse_args(words)
+
+
+@pytest.mark.parametrize("words", commands("eval_jempp.py"), ids=" ".join)
+def test_readmes_evaluation_commands_parse(words):
+    eval_jempp.parse_args(words)
+
+
+def test_readmes_flags_for_the_papers_models_parse():
+    section = README.split("The baselines of the paper are flags")[1].split("## Evaluate")[0]
+    rows = [row.split("|")[2] for row in section.splitlines() if row.count("|") == 3]
+    flags = [words for row in rows for words in re.findall(r"`(--[^`]+)`", row)]
+    assert len(flags) >= 8
+    for words in flags:
+        train_jempp.parse_args(words.split())
+
+
+def test_readme_has_two_set_up_commands():
+    block = README.split("## Two commands")[1].split("```")[1]
+    assert re.findall(r"^bash (\S+)", block, re.M) == ["scripts/quickstart.sh", "scripts/test.sh"]
+
+
+def test_no_path_of_the_machine_it_was_written_on():
+    done = shell("git", "ls-files")
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    for name in done.stdout.split():
+        path = ROOT / name
+        if path.suffix in (".py", ".sh", ".md", ".jsonl", ".txt", ".toml") and path.exists():
+            assert "/wo" + "rk/" not in path.read_text(), name
+
+
+def test_the_benchmark_times_both_sides(call):
+    code, out, err = call(benchmark.main, [*TINY, "--repeats", "1", "--json"])
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["ratio"] == pytest.approx(result["literal_ms"] / result["fast_ms"])
+    assert {"sampling_ms", "tflops", "ceiling_tflops", "device"} <= result.keys()
+
+
+def test_forward_equivalents_are_the_papers_cost():
+    cost = {m: benchmark.forward_equivalents(train_jempp.parse_args(["--n_steps", str(m)]))
+            for m in (5, 10, 20)}
+    assert cost == {5: 19, 10: 29, 20: 49}
+
+
+def test_counted_operations_of_the_papers_network():
+    config = {"depth": 28, "width": 10, "n_classes": 10}
+    assert benchmark.forward_flop(config, 32, 1) / 2 == pytest.approx(5.95e9, rel=0.01)
+
+
+def test_the_literal_iteration_takes_the_same_step():
+    """Same x_0 and batch, no chain anew: literal and ours move the weights alike (float64)."""
+    args = train_jempp.parse_args([*TINY, "--reinit_freq", "0", "--norm", "none"])
+    state, data, p0, _, _ = train_jempp.build(args, pick_device("cpu", 1))
+    other = train_jempp.build(args, pick_device("cpu", 1))[0]
+    for s in (state, other):
+        s.model.double()
+        s.buffer.images = s.buffer.images[:1].double().repeat(40, 1, 1, 1)  # every slot alike
+        for group in s.optimizer.param_groups:
+            group["lr"] = 0.1
+    (x_pos, (x_lab, y_lab)) = data.batch(0)
+    batch = x_pos.double(), (x_lab.double(), y_lab)
+    gaussians = OneByOneGaussians(p0)
+    gaussians.sample = lambda n: torch.zeros(n, 3, 16, 16).double()
+    literal_step(other, batch, gaussians, args)
+    data.batch = lambda step: batch
+    state.step = 2  # past the warm-up's zero rate
+    train_jempp.train_step(args, state, train_jempp.make_sampler(args), data, p0)
+    for (name, ours), theirs in zip(state.model.named_parameters(), other.model.parameters(),
+                                    strict=True):
+        assert (ours - theirs).abs().max() < 1e-10, name
