@@ -103,6 +103,22 @@ def test_margin_sees_through_saturated_softmax():
     assert pgd_accuracy(model, x, y, eps, "linf").accuracy[-1] > exact[-1] + 0.1
 
 
+def test_margin_pgd_tries_the_classes_behind_the_largest_logit():
+    """Pixel u > 0 lifts the nearest rival, never enough; u < -0.2 lifts the other one."""
+
+    class Trap(nn.Module):
+        def forward(self, x):
+            u = x.flatten(1)[:, 0]
+            return torch.stack([0 * u, 0.1 * u - 0.1, -5 * u - 1], dim=1)
+
+    x, y = torch.zeros(4, 3, SIZE, SIZE), torch.zeros(4, dtype=torch.long)
+    broken = [Trap()(robustness.margin_pgd(Trap(), x, y, radius, norm, steps=10,
+                                           starts=[torch.zeros_like(x)] * turns)).argmax(1) != y
+              for norm in NORMS for radius, turns in ((0.19, 3), (0.3, 1), (0.3, 3))]
+    assert [b.all().item() for b in broken] == [b.any().item() for b in broken] == [False, False,
+                                                                                   True] * 2
+
+
 def test_budgets_are_typed_for_zero_to_one_images():
     assert robustness.ball_radius(8, "linf") == pytest.approx(16 / 255)
     assert robustness.ball_radius(0.5, "l2") == 1.0
@@ -181,6 +197,26 @@ def test_curve_falls_from_clean_accuracy_and_rows_follow_the_order_typed(attack)
     assert (rows.diff(dim=0) <= 0).all() and rows[-1].sum() < rows[0].sum()
 
 
+def test_images_once_broken_stay_broken():
+    """An attack that breaks image 3 at one budget, and is shown only what is still robust."""
+    model = Linear(2)
+    x, y = images(model)
+    shown = {}
+
+    def attack(x_0, labels, radius, indices):
+        shown[radius] = indices.tolist()
+        x_adv = x_0.clone()
+        if radius == 200:
+            x_adv[indices == 3] = to_pixels(x[y != y[3]][-1:])
+        return x_adv
+
+    result = robustness.robust_accuracy(model, x, y, [150, 50, 100], "l2", attack)
+    right = result.correct.nonzero().flatten().tolist()
+    left = [i for i in right if i != 3]
+    assert shown == {100: right, 200: right, 300: left}
+    assert [row.nonzero().flatten().tolist() for row in result.robust] == [left, right, left]
+
+
 def leaves_no_trace(run):
     """``run(model)`` changes neither modes, flags, statistics, gradients nor global randomness."""
     model = network()
@@ -233,6 +269,18 @@ def test_broken_weights_are_refused(attack):
     model, (x, y) = network(), easy_images()
     with torch.no_grad():
         model.trunk.head.weight[0, 0] = torch.nan
+    with pytest.raises(InputError, match="not finite"):
+        attack(model, x, y, [1], "linf")
+
+
+@pytest.mark.parametrize("attack", (pgd_accuracy, margin_pgd_accuracy))
+def test_gradients_that_are_not_finite_are_refused(attack):
+    class Kink(Linear):
+        def forward(self, x):
+            return super().forward(x) + (0 * x).sqrt().flatten(1)[:, :1]
+
+    model = Kink(2)
+    x, y = images(model)
     with pytest.raises(InputError, match="not finite"):
         attack(model, x, y, [1], "linf")
 

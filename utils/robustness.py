@@ -50,13 +50,6 @@ def random_starts(x, norm, seed, indices, restart=0):
     return (2 * z - 1 if norm == "linf" else z / lengths(z, norm)).to(x.device)
 
 
-def finite(values):
-    """``values`` as they are; InputError if one is NaN or infinite: nothing can be measured."""
-    if not torch.isfinite(values).all():
-        raise InputError("the network's logits or gradients are not finite: its weights are broken")
-    return values
-
-
 def foolbox_pgd(model, x, y, radius, norm, *, steps, rel_stepsize, start=None):
     """foolbox's PGD: the last of ``steps`` iterates [B, C, H, W], from x + radius * ``start``."""
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox would insist on a git binary
@@ -96,29 +89,43 @@ def margin_pgd(model, x, y, radius, norm, *, steps, starts):
         x_t = (x_0 + radius * start[todo]).clamp(-1, 1)
         for step in range(steps + 1):
             z = model(x_t.requires_grad_())
-            slope = finite(torch.autograd.grad(margin(z, y_0, target).sum(), x_t)[0])
+            slope = torch.autograd.grad(margin(z, y_0, target).sum(), x_t)[0]
             x_t, reached = x_t.detach(), margin(z.detach(), y_0)
             better = reached > best[todo]
             best[todo[better]], x_adv[todo[better]] = reached[better], x_t[better]
-            step_size = radius * (1 + math.cos(math.pi * step / steps))
             slope = slope.sign() if norm == "linf" else slope / (lengths(slope, norm) + 1e-30)
-            delta = x_t + step_size * slope - x_0
+            delta = x_t + radius * (1 + math.cos(math.pi * step / steps)) * slope - x_0
             delta = (delta.clamp(-radius, radius) if norm == "linf"
                      else delta * (radius / lengths(delta, norm).clamp_min(radius)))
             x_t = (x_0 + delta).clamp(-1, 1)
     return x_adv
 
 
+def finite(values):
+    """InputError if a value is NaN or infinite: such a network would pass for robust."""
+    if not torch.isfinite(values).all():
+        raise InputError("the network's logits or gradients are not finite: its weights are broken")
+
+
+def watch(module, inputs, logits):
+    """A forward hook: logits are ``finite`` and, in the backward pass, gradients of images too."""
+    finite(logits)
+    if inputs[0].requires_grad:
+        inputs[0].register_hook(finite)
+
+
 @contextmanager
 def frozen(model):
-    """Inside: eval mode and constant parameters. After: each module and parameter as it was."""
-    before = [(module, "training", module.training) for module in model.modules()]
-    before += [(weight, "requires_grad", weight.requires_grad) for weight in model.parameters()]
+    """Inside: eval mode, constant parameters, finite values. After: all modules as they were."""
+    hook = model.register_forward_hook(watch)
+    before = [(m, "training", m.training) for m in model.modules()]
+    before += [(p, "requires_grad", p.requires_grad) for p in model.parameters()]
     try:
         model.eval().requires_grad_(False)
         with torch.enable_grad():
             yield
     finally:
+        hook.remove()
         for owner, name, value in before:
             setattr(owner, name, value)
 
@@ -129,12 +136,12 @@ def robust_accuracy(model, x, y, eps, norm, attack, *, batch_size=100, progress=
     if norm not in ("linf", "l2") or not len(eps) or not all(0 <= e < math.inf for e in eps):
         raise InputError(f"an attack's norm is linf or l2, its budgets are >= 0: {norm!r}, {eps}")
     if not len(x) or len(x) != len(y) or x.dtype != torch.uint8 or batch_size < 1:
-        raise InputError(f"attacks need uint8 images, a label each, batches: {len(x)}, {len(y)}")
+        raise InputError("an attack needs uint8 images, each with a label, and a batch size > 0")
     device = next(model.parameters()).device
     x, y = x.to(device), y.to(device).long()
     robust = torch.zeros(len(eps), len(x), dtype=torch.bool)
     with frozen(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        correct = finite(predict(model, x, batch_size)).argmax(1) == y
+        correct = predict(model, x, batch_size).argmax(1) == y
         alive = correct.clone()
         for row in sorted(range(len(eps)), key=eps.__getitem__):
             radius, todo = ball_radius(eps[row], norm), alive.nonzero().squeeze(1)
@@ -144,7 +151,7 @@ def robust_accuracy(model, x, y, eps, norm, attack, *, batch_size=100, progress=
                 x_adv = attack(x_0, y[i], radius, i)
                 if (x_adv.abs() > 1).any() or (lengths(x_adv - x_0, norm) > radius + 1e-4).any():
                     raise RuntimeError(f"an attack left the image box or its {norm} ball")
-                alive[i] = finite(model(x_adv)).argmax(1) == y[i]
+                alive[i] = model(x_adv).argmax(1) == y[i]
             robust[row] = alive.cpu()
     return Robustness(list(eps), robust.double().mean(1), robust, correct.cpu())
 
