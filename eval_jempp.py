@@ -105,10 +105,10 @@ def settings_of(opened, own, typed):
     base = vars(train_jempp.parse_args(
         ["--dataset", typed["dataset"]] if "dataset" in typed else []))
     if "dataset" in typed and typed["dataset"] != saved.get("dataset"):
-        for name in ("image_size", "n_valid"):  # those of another data set say nothing here
+        for name in ("image_size", "n_valid", "n_train"):  # those are another data set's
             saved.pop(name, None)
     merged = argparse.Namespace(**base | saved | typed | vars(own))
-    for name in ("image_size", "n_valid"):
+    for name in ("image_size", "n_valid"):  # typed as such, or not at all
         if getattr(merged, name) is None:
             setattr(merged, name, base[name])
     return merged
@@ -130,6 +130,15 @@ def method_of(opened, own):
     if not a["p_x_weight"] and not a["p_x_y_weight"]:
         return "softmax"
     return f"jempp M={a['n_steps']}" if a["in_steps"] else f"jem K={a['n_steps']}"
+
+
+def training_of(opened):
+    """How the checkpoint was trained, for the record; None for a released file."""
+    if opened.args is None:
+        return None
+    names = ("dataset", "depth", "width", "norm", "batch_size", "n_epochs", "n_train", "n_steps",
+             "in_steps", "optimizer", "lr", "init", "seed")
+    return {name: opened.args.get(name) for name in names} | {"step": opened.step}
 
 
 def label_of(path):
@@ -186,6 +195,7 @@ def report(number, s, typed, own, env, seconds, results):
         "protocol": number.protocol,
         "checkpoint": {"path": o.path, "sha256": o.sha256, "step": o.step, "epoch": o.epoch},
         "overrides": overrides_of(o, typed), "method": method_of(o, own), "label": s.label,
+        "training": training_of(o),
         "dataset": s.args.dataset, "seed": own.seed, "env": env, "seconds": round(seconds, 3),
         "time": records.now()})
     shown = {k: v for k, v in number.protocol.items()

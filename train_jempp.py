@@ -22,6 +22,7 @@ from samplers import ClassGaussians, ReplayBuffer, UniformInit, make_sampler
 from utils import checkpoint, cli, records
 from utils.data import SPECS, TrainData, load_splits
 from utils.inference import accuracy
+from utils.robustness import adversarial_batch, ball_radius
 from utils.run_log import RunLog
 from utils.seeding import generator, seed_step
 
@@ -48,6 +49,7 @@ def resolve(args):
     args.image_size = args.image_size or spec.size
     args.n_valid = spec.n_valid if args.n_valid is None else args.n_valid
     args.lr = args.lr or {"sgd": 0.1, "adam": 1e-4}[args.optimizer]
+    args.adv_eps = args.adv_eps or {"linf": 8.0, "l2": 0.5}.get(args.adversarial)
     if args.in_steps == 0 and args.sgld_lr == 0:
         raise cli.InputError("--in_steps 0 is SGLD: give its step with --sgld_lr (JEM: 1)")
     if args.in_steps and args.sgld_lr:
@@ -111,6 +113,11 @@ def joint_loss(model, draw, batch, buffer, p0, args, streams):
         log |= {"e_pos": e_pos, "e_neg": e_neg}
 
     if args.p_y_given_x_weight or args.p_x_y_weight:
+        if args.adversarial != "none":
+            x_lab = adversarial_batch(model, x_lab.clamp(-1, 1), y_lab,
+                                      ball_radius(args.adv_eps, args.adversarial),
+                                      args.adversarial, steps=args.adv_steps,
+                                      generator=streams.device)
         logits = model(x_lab)
         log["ce"] = F.cross_entropy(logits, y_lab)
         log["accuracy"] = (logits.argmax(1) == y_lab).float().mean()
@@ -226,8 +233,8 @@ def build(args, device):
     """Everything the flags describe, fresh: (state, data, p0, valid, test), on ``device``."""
     spec = SPECS[args.dataset]
     images, valid, test = (split.to(device) for split in load_splits(
-        args.dataset, args.data_root, n_valid=args.n_valid, download=args.download,
-        size=args.image_size))
+        args.dataset, args.data_root, n_valid=args.n_valid, n_train=args.n_train,
+        download=args.download, size=args.image_size))
     data = TrainData(images, spec, batch_size=args.batch_size, sigma=args.sigma, seed=args.seed,
                      shared_batch=args.shared_batch)
     if args.init == "informative":
@@ -250,7 +257,7 @@ def build(args, device):
     else:
         optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
     origin = {"init": args.init, "dataset": args.dataset, "n_valid": args.n_valid,
-              "train_sha256": images.digest()}
+              "n_train": len(images.y), "train_sha256": images.digest()}
     return checkpoint.State(model, optimizer, buffer, origin), data, p0, valid, test
 
 

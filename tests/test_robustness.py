@@ -231,7 +231,7 @@ def leaves_no_trace(run):
     assert torch.equal(stream, torch.get_rng_state())
     assert [m.training for m in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == flags
-    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters()) and not model._forward_hooks
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
@@ -307,10 +307,24 @@ def test_autoattack_is_exact_on_a_linear_model(norm):
     eps, exact = budgets(distances(model, x, y, norm), norm, 2)
     result = autoattack_accuracy(model, x, y, eps, norm, attacks=["apgd-ce", "apgd-t"])
     assert result.accuracy.tolist() == exact
-    with pytest.raises(InputError, match="some of"):
+    with pytest.raises(InputError, match="5 classes is some of"):
         autoattack_accuracy(model, x, y, eps, norm, attacks=["apgd"])
     few = Linear(3)
-    with pytest.raises(InputError, match="4 classes"):
+    with pytest.raises(InputError, match="3 classes is some of apgd-ce, fab-t, square"):
         autoattack_accuracy(few, *images(few), eps, norm)
     leaves_no_trace(lambda model: autoattack_accuracy(model, *easy_images(4), [1], norm,
                                                       attacks=["fab-t"]))
+
+
+@pytest.mark.parametrize("norm, radius", (("linf", 8 / 127.5), ("l2", 1.0)))
+def test_adversarial_training_batches_lie_in_the_ball_and_raise_the_loss(norm, radius):
+    torch.manual_seed(0)
+    model = JEM.wide_resnet(depth=10, width=1).eval()
+    x, y = torch.rand(8, 3, 16, 16) * 2 - 1, torch.arange(8)
+    x_adv = robustness.adversarial_batch(model, x, y, radius, norm, steps=7,
+                                         generator=torch.Generator().manual_seed(0))
+    assert x_adv.abs().max() <= 1
+    assert robustness.lengths(x_adv - x, norm).max() <= radius * (1 + 1e-5)
+    loss = torch.nn.functional.cross_entropy
+    assert loss(model(x_adv), y) > loss(model(x), y)
+    assert all(p.grad is None for p in model.parameters())

@@ -79,6 +79,8 @@ def add_data_flags(p):
     g.add_argument("--download", action=FLAG, default=True, help="fetch what is missing")
     g.add_argument("--n_valid", type=NATURAL, default=None, metavar="n",
                    help="validation images taken from the training split (5000; digits 137)")
+    g.add_argument("--n_train", type=POSITIVE, default=None, metavar="n",
+                   help="use the first n training images only (small-scale studies)")
     g.add_argument("--image_size", type=int, choices=(16, 32), default=None,
                    help="side of the digits images (16)")
 
@@ -133,6 +135,11 @@ def add_train_flags(p):
                    help="one real batch for p(x) and p(y|x) (Algorithm 2); released: two")
     g.add_argument("--sigma", type=number(float, 0), default=0.03, metavar="σ",
                    help="std of the noise on training images")
+    g.add_argument("--adversarial", choices=("none", "linf", "l2"), default="none",
+                   help="PGD adversarial training of p(y|x) in this ball (a baseline of Fig. 9)")
+    g.add_argument("--adv_eps", type=number(float, above=0), default=None, metavar="ε",
+                   help="its radius: L-inf in 1/255 (8), L2 in [0, 1] images (0.5)")
+    g.add_argument("--adv_steps", type=POSITIVE, default=7, help="its PGD steps")
     g = p.add_argument_group("optimiser")
     g.add_argument("--optimizer", choices=("sgd", "adam"), default="sgd",
                    help="SGD with momentum 0.9, or Adam with betas 0.9 and 0.999")

@@ -118,16 +118,20 @@ def load(name, root, *, train, download=False, size=None):
     return from_torchvision(name, train, root, download)
 
 
-def load_splits(name, root, *, n_valid, download=False, size=None):
+def load_splits(name, root, *, n_valid, n_train=None, download=False, size=None):
     """(train, validation, test); validation = the first ``n_valid`` of the training images
-    shuffled by a fixed seed, as the released code takes them."""
+    shuffled by a fixed seed, as the released code takes them; train = the ``n_train`` after
+    them, or all."""
     full = load(name, root, train=True, download=download, size=size)
     test = load(name, root, train=False, download=download, size=size)
     if not 0 <= n_valid < len(full.y):
         raise InputError(f"--n_valid {n_valid} leaves no training image of {len(full.y)}")
     order = list(range(len(full.y)))
     np.random.RandomState(SPLIT_SEED).shuffle(order)
-    return full.take(order[n_valid:]), full.take(order[:n_valid]), test
+    if n_train is not None and n_train > len(order) - n_valid:
+        raise InputError(f"--n_train {n_train}: there are {len(order) - n_valid} training images")
+    train = order[n_valid:] if n_train is None else order[n_valid:n_valid + n_train]
+    return full.take(train), full.take(order[:n_valid]), test
 
 
 def reflect(index, size):

@@ -19,7 +19,7 @@ from samplers import ClassGaussians, UniformInit, make_sampler, to_pixels
 from utils import calibration, generation, ood, plots, robustness
 from utils.checkpoint import Opened, open_any
 from utils.cli import InputError, Unavailable
-from utils.data import SPECS, Images, load_splits
+from utils.data import SPECS, Images, load, load_splits
 from utils.inference import predict
 from utils.records import replacing
 from utils.seeding import seed_step
@@ -66,8 +66,8 @@ class Subject:
     def splits(self):
         """{train, valid, test} as Images on the device."""
         a = self.args
-        parts = load_splits(a.dataset, a.data_root, n_valid=a.n_valid, download=a.download,
-                            size=a.image_size)
+        parts = load_splits(a.dataset, a.data_root, n_valid=a.n_valid, n_train=a.n_train,
+                            download=a.download, size=a.image_size)
         n_classes = self.model.config["n_classes"]
         if SPECS[a.dataset].n_classes != n_classes:
             raise InputError(f"{self.label} knows {n_classes} classes, {a.dataset} has "
@@ -278,10 +278,10 @@ def selected(s, x, protocol):
 
 
 def reference_images(s):
-    """The real images that generated ones are compared with: --reference of the paper's data."""
-    order = {"train": ("train", "valid"), "train+test": ("train", "valid", "test"),
-             "test": ("test",)}[s.args.reference]
-    return torch.cat([s.splits[name].x for name in order]).cpu()
+    """The real images that generated ones are compared with: --reference, whatever --n_train."""
+    a = s.args
+    return torch.cat([load(a.dataset, a.data_root, train=name == "train", download=a.download,
+                           size=a.image_size).x for name in a.reference.split("+")])
 
 
 def fid(s, out):
@@ -355,9 +355,9 @@ def robust(s, out):
     a = s.args
     x, y = s.images("test", a.n_attack or None)
     for attack in a.attacks:
-        settings = {"steps": a.attack_steps} if attack != "autoattack" else {}
-        if attack == "margin":
-            settings["restarts"] = a.attack_restarts
+        settings = {"pgd": {"steps": a.attack_steps, "rel_stepsize": 2.5 / a.attack_steps},
+                    "margin": {"steps": a.attack_steps, "restarts": a.attack_restarts},
+                    "autoattack": {}}[attack]
         run = {"pgd": robustness.pgd_accuracy, "margin": robustness.margin_pgd_accuracy,
                "autoattack": robustness.autoattack_accuracy}[attack]
         for norm, eps in (("linf", a.eps_linf), ("l2", a.eps_l2)):
@@ -366,10 +366,8 @@ def robust(s, out):
             try:
                 result = run(s.model, x, y, [0.0, *eps], norm, batch_size=a.batch_size,
                              seed=a.seed, progress=sys.stderr.isatty(), **settings)
-            except InputError as error:
-                if attack != "autoattack":
-                    raise
-                skip(f"autoattack {norm}", error)
+            except Unavailable as error:  # AutoAttack is an optional dependency
+                skip(f"{attack} {norm}", error)
                 continue
             for budget, value in zip(result.eps, result.accuracy.tolist(), strict=True):
                 unit = "eps_255" if norm == "linf" else "eps"

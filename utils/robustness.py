@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from samplers import to_pixels
@@ -41,6 +42,35 @@ def lengths(delta, norm):
     return torch.linalg.vector_norm(delta, math.inf if norm == "linf" else 2, (1, 2, 3), True)
 
 
+def steepest(slope, norm):
+    """The direction of unit length in ``norm`` that a linear function rises along fastest."""
+    return slope.sign() if norm == "linf" else slope / (lengths(slope, norm) + 1e-30)
+
+
+def project(delta, radius, norm):
+    """The perturbation of length <= radius that is nearest to ``delta`` [B, C, H, W]."""
+    if norm == "linf":
+        return delta.clamp(-radius, radius)
+    return delta * (radius / lengths(delta, norm).clamp_min(radius))
+
+
+def adversarial_batch(model, x, y, radius, norm, *, steps, generator):
+    """Training images for PGD adversarial training (Madry et al., 2018; the top lines of Fig. 9).
+
+    ``steps`` of projected ascent of the cross-entropy, 2.5 / steps radii each, from a random start
+    in the ball around x [B, C, H, W] in [-1, 1]. The caller sets the network's mode.
+    """
+    delta = radius * (2 * torch.rand(x.shape, device=x.device, generator=generator) - 1)
+    delta = project(delta, radius, norm)
+    for _ in range(steps):
+        x_adv = (x + delta).clamp(-1, 1).requires_grad_()
+        loss = F.cross_entropy(model(x_adv), y, reduction="sum")
+        (slope,) = torch.autograd.grad(loss, x_adv)
+        delta = x_adv.detach() + 2.5 / steps * radius * steepest(slope, norm) - x
+        delta = project(delta, radius, norm)
+    return (x + delta).clamp(-1, 1)
+
+
 def random_starts(x, norm, seed, indices, restart=0):
     """Perturbations like ``x`` [B, C, H, W], uniform in the unit cube or on the unit sphere; image
     i's depends on (seed, i, restart) alone: not on batch, device or which images are attacked."""
@@ -55,7 +85,6 @@ def foolbox_pgd(model, x, y, radius, norm, *, steps, rel_stepsize, start=None):
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox would insist on a git binary
     import eagerpy
     import foolbox
-
     kind = foolbox.attacks.LinfPGD if norm == "linf" else foolbox.attacks.L2PGD
     attack = kind(rel_stepsize=rel_stepsize, steps=steps, random_start=start is not None)
     # its own start would come from torch's global stream, a whole batch at a time
@@ -93,18 +122,16 @@ def margin_pgd(model, x, y, radius, norm, *, steps, starts):
             x_t, reached = x_t.detach(), margin(z.detach(), y_0)
             better = reached > best[todo]
             best[todo[better]], x_adv[todo[better]] = reached[better], x_t[better]
-            slope = slope.sign() if norm == "linf" else slope / (lengths(slope, norm) + 1e-30)
-            delta = x_t + radius * (1 + math.cos(math.pi * step / steps)) * slope - x_0
-            delta = (delta.clamp(-radius, radius) if norm == "linf"
-                     else delta * (radius / lengths(delta, norm).clamp_min(radius)))
+            size = radius * (1 + math.cos(math.pi * step / steps))
+            delta = project(x_t + size * steepest(slope, norm) - x_0, radius, norm)
             x_t = (x_0 + delta).clamp(-1, 1)
     return x_adv
 
 
 def finite(values):
-    """InputError if a value is NaN or infinite: such a network would pass for robust."""
+    """InputError for NaN or infinity: attacks get nowhere there, and the network looks robust."""
     if not torch.isfinite(values).all():
-        raise InputError("the network's logits or gradients are not finite: its weights are broken")
+        raise InputError("the network's logits or gradients are not finite: broken weights")
 
 
 def watch(module, inputs, logits):
@@ -137,9 +164,8 @@ def robust_accuracy(model, x, y, eps, norm, attack, *, batch_size=100, progress=
         raise InputError(f"an attack's norm is linf or l2, its budgets are >= 0: {norm!r}, {eps}")
     if not len(x) or len(x) != len(y) or x.dtype != torch.uint8 or batch_size < 1:
         raise InputError("an attack needs uint8 images, each with a label, and a batch size > 0")
-    device = next(model.parameters()).device
+    device, robust = next(model.parameters()).device, torch.zeros(len(eps), len(x)).bool()
     x, y = x.to(device), y.to(device).long()
-    robust = torch.zeros(len(eps), len(x), dtype=torch.bool)
     with frozen(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         correct = predict(model, x, batch_size).argmax(1) == y
         alive = correct.clone()
@@ -159,7 +185,7 @@ def robust_accuracy(model, x, y, eps, norm, attack, *, batch_size=100, progress=
 def pgd_accuracy(model, x, y, eps, norm, *, steps=40, rel_stepsize=None, random_start=True, seed=0,
                  **options):
     """``robust_accuracy`` under ``foolbox_pgd``; a step is ``rel_stepsize`` radii, by default
-    2.5 / steps: foolbox's own 1/30 would not cross the ball in 40 steps from a random start."""
+    2.5 / steps: foolbox's own (1/30, L2 1/40) cannot cross the ball in 40 from a random start."""
     if steps < 1:
         raise InputError(f"PGD takes one step or more, not {steps}")
 
@@ -167,7 +193,6 @@ def pgd_accuracy(model, x, y, eps, norm, *, steps=40, rel_stepsize=None, random_
         start = random_starts(x_0, norm, seed, indices) if random_start else None
         return foolbox_pgd(model, x_0, labels, radius, norm, steps=steps, start=start,
                            rel_stepsize=2.5 / steps if rel_stepsize is None else rel_stepsize)
-
     return robust_accuracy(model, x, y, eps, norm, attack, **options)
 
 
@@ -179,7 +204,6 @@ def margin_pgd_accuracy(model, x, y, eps, norm, *, steps=40, restarts=10, seed=0
     def attack(x_0, labels, radius, indices):
         starts = (random_starts(x_0, norm, seed, indices, turn) for turn in range(restarts))
         return margin_pgd(model, x_0, labels, radius, norm, steps=steps, starts=starts)
-
     return robust_accuracy(model, x, y, eps, norm, attack, **options)
 
 
@@ -190,18 +214,16 @@ def autoattack_accuracy(model, x, y, eps, norm, *, attacks=AUTOATTACKS, seed=0, 
         from pyautoattack import AutoAttack
     except ImportError:
         raise Unavailable("AutoAttack is not installed: pip install pyautoattack==0.2.0") from None
-    if not attacks or set(attacks) - set(AUTOATTACKS):
-        raise InputError(f"attacks are some of {', '.join(AUTOATTACKS)}, got {list(attacks)}")
 
     def attack(x_0, labels, radius, indices):
         n_others = model(x_0[:1]).shape[1] - 1
-        if n_others < 3 and "apgd-t" in attacks:
-            raise InputError("AutoAttack's apgd-t needs 4 classes or more: name the other attacks")
+        known = [name for name in AUTOATTACKS if n_others > 2 or name != "apgd-t"]
+        if not attacks or set(attacks) - set(known):
+            raise InputError(f"AutoAttack for {n_others + 1} classes is some of {', '.join(known)}")
         run = AutoAttack(lambda images: model(2 * images - 1), norm=norm.capitalize(),
                          eps=radius / 2, seed=seed, device=x_0.device)
         run.attacks_to_run = list(attacks)
         run.apgd_targeted.n_target_classes = run.fab.n_target_classes = min(9, n_others)
         x_adv, _ = run.run_standard_evaluation((x_0 + 1) / 2, labels, batch_size=len(x_0))
         return 2 * x_adv - 1
-
     return robust_accuracy(model, x, y, eps, norm, attack, **options)
