@@ -136,9 +136,8 @@ def training_of(opened):
     """How the checkpoint was trained, for the record; None for a released file."""
     if opened.args is None:
         return None
-    names = ("dataset", "depth", "width", "norm", "batch_size", "n_epochs", "n_train", "n_steps",
-             "in_steps", "optimizer", "lr", "init", "seed")
-    return {name: opened.args.get(name) for name in names} | {"step": opened.step}
+    trained = {name: opened.args.get(name) for name in records.TRAINING}
+    return trained | {"step": opened.step}
 
 
 def label_of(path):

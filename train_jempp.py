@@ -205,6 +205,8 @@ def train(args, state, data, p0, valid, test, log, stop):
             window.clear()
         if position == 0 and (epoch % args.eval_every == 0 or state.step == last):
             evaluate(args, state, epoch, valid, test, means, log)
+        if position == 0 and args.keep_every and epoch % args.keep_every == 0:
+            checkpoint.save(run_dir / f"epoch_{epoch:04d}.pt", state, args, epoch, resumable=False)
         if saving:
             checkpoint.save(run_dir / "last.pt", state, args, epoch)
             log.start_clock(state.step)

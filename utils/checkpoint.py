@@ -22,8 +22,8 @@ from utils.torch_files import one_line, read
 FORMAT = "jempp-1"
 KEYS = {"model", "config", "buffer", "p0", "step", "epoch", "best", "args", "rng", "versions"}
 # Flags that only say how far, how often or on what to run; a resumed run may change them.
-FREE = {"max_steps", "max_minutes", "ckpt_steps", "print_every", "n_epochs", "num_threads",
-        "run_dir", "data_root", "download", "device", "dry_run"}
+FREE = {"max_steps", "max_minutes", "ckpt_steps", "print_every", "n_epochs", "keep_every",
+        "num_threads", "run_dir", "data_root", "download", "device", "dry_run"}
 
 
 @dataclass

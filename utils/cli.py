@@ -162,6 +162,8 @@ def add_train_flags(p):
                    help="save last.pt every K steps besides every epoch")
     g.add_argument("--print_every", type=POSITIVE, default=100, help="steps between records")
     g.add_argument("--eval_every", type=POSITIVE, default=1, help="epochs between evaluations")
+    g.add_argument("--keep_every", type=POSITIVE, default=None, metavar="K",
+                   help="also keep epoch_NNNN.pt every K epochs, to evaluate (Fig. 6)")
     g.add_argument("--dry_run", action="store_true", help="print the resolved options and stop")
 
 

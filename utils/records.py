@@ -12,6 +12,10 @@ import torch
 
 from utils.cli import InputError, jsonable
 
+# The training arguments that a record of a measured number repeats.
+TRAINING = ("dataset", "depth", "width", "norm", "batch_size", "n_epochs", "n_train", "n_steps",
+            "in_steps", "optimizer", "lr", "init", "seed")
+
 
 @contextmanager
 def replacing(path, mode="wb"):

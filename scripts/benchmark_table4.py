@@ -1,0 +1,61 @@
+#!/usr/bin/env python3
+"""Table 4: an iteration of JEM++ over M x N and of JEM (K = 20), timed turn by turn in one run.
+
+    python scripts/benchmark_table4.py --results results/table4.jsonl --depth 10 --width 1
+
+Takes the flags of train_jempp.py besides its own; M, N and what makes JEM are set here. Each row's
+record is the median of its turns; rows of one run share ``protocol.run`` and make the ratios.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_jempp  # noqa: E402
+from samplers import make_sampler  # noqa: E402
+from scripts.benchmark import milliseconds  # noqa: E402
+from utils import cli, records  # noqa: E402
+
+JEM = ["--norm", "none", "--init", "uniform", "--optimizer", "adam", "--in_steps", "0",
+       "--sgld_lr", "1", "--sgld_std", "0.01", "--n_steps", "20", "--eps", "inf",
+       "--no-pixel_clamp", "--sample_mode", "eval"]
+ROWS = {"JEM": JEM} | {f"JEM++ M={m} N={n}": ["--n_steps", str(m), "--in_steps", str(n)]
+                       for m in (5, 10, 20) for n in (5, 10, 20)}
+
+
+def main(argv=None):
+    p = cli.parser(__doc__.splitlines()[0])
+    p.add_argument("--results", required=True, metavar="OUT.jsonl", help="append records here")
+    p.add_argument("--repeats", type=cli.POSITIVE, default=5, help="turns of every row")
+    own, rest = p.parse_known_args(argv)
+    device, started, work, settings = None, records.now(), {}, {}
+    for row, flags in ROWS.items():
+        args = settings[row] = train_jempp.parse_args([*rest, *flags])
+        device = device or cli.pick_device(args.device, args.num_threads)
+        state, data, p0, _, _ = train_jempp.build(args, device)
+        work[row] = (args, state, make_sampler(args), data, p0)
+    for row in work.values():  # the first step is never typical
+        train_jempp.train_step(*row)
+    times = {row: [] for row in ROWS}
+    for _ in range(own.repeats):
+        for row, step in work.items():
+            times[row].append(milliseconds(lambda step=step: train_jempp.train_step(*step), device))
+    env = records.environment(device)
+    for row, args in settings.items():
+        value = statistics.median(times[row])
+        records.append_jsonl(own.results, {
+            "metric": "iteration_ms", "value": value, "unit": "ms", "n": own.repeats,
+            "protocol": {"run": started, "reference": "JEM", "n_steps": args.n_steps,
+                         "in_steps": args.in_steps, "times_ms": times[row],
+                         "image_size": args.image_size},
+            "checkpoint": None, "overrides": {}, "method": row, "dataset": args.dataset,
+            "seed": args.seed, "training": {k: getattr(args, k) for k in records.TRAINING}
+            | {"step": None}, "env": env, "seconds": None, "time": records.now()})
+        print(f"{row:18s} {value:9.1f} ms   JEM / this {statistics.median(times['JEM']) / value:.2f}")
+    return cli.EXIT_OK
+
+
+if __name__ == "__main__":
+    cli.run(main)

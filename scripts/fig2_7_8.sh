@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Figs 2, 7 and 8: class centres and draws of p_0 for CIFAR-10, CIFAR-100 and SVHN. Seconds; trains
+# nothing. DATASETS picks the data sets.
+source "$(dirname "$0")/common.sh"
+
+if [ "$SCALE" = tiny ]; then DATASETS=digits; fi
+for NAME in ${DATASETS:-cifar10 cifar100 svhn}; do
+    python scripts/figures.py p0 --dataset "$NAME" --data_root "$DATA" \
+        --out "$OUT/figures/p0_$NAME.png" || echo "left out: $NAME"
+done

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Figs 3, 4 and 12: unconditional and class-conditional samples, from the buffer and from scratch, of
+# the JEM++ (M = 10) of table2.sh; DATASET=svhn or cifar100 for Figs 4 and 12. The pictures lie in the
+# run folder's eval/. At SCALE=paper training dominates (about a day on one data-centre GPU).
+source "$(dirname "$0")/common.sh"
+
+NAME=${DATASET:-cifar10} PREFIX=
+[ "$NAME" = cifar10 ] || PREFIX=$NAME-
+row figures "JEM++ (M=10)" "${PREFIX}jempp-m10" --dataset "$NAME" --n_steps 10 -- --eval samples

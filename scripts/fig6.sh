@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Fig. 6: accuracy, IS and FID of JEM++ (M = 10) over its epochs, from kept checkpoints (KEEP epochs
+# apart: 10 at SCALE=paper). IS and FID need the Inception weights; fd_features is there in any case.
+source "$(dirname "$0")/common.sh"
+
+if [ "$SCALE" = paper ]; then KEEP=${KEEP:-10}; else KEEP=${KEEP:-1}; fi
+features
+SEED=${SEEDS%% *}
+train evolution --n_steps 10 --keep_every "$KEEP" || echo "diverged: what was kept is shown"
+FILE="$RUNS/evolution-seed$SEED/fig6.jsonl"
+if [ ! -e "$FILE" ]; then
+    python eval_jempp.py --load_path "$RUNS/evolution-seed$SEED"/epoch_*.pt --eval accuracy fid \
+        --splits test --method "JEM++ (M=10)" --data_root "$DATA" --results "$FILE" \
+        "${EVAL[@]}" "${FEATURES[@]}"
+    cat "$FILE" >> "$OUT/fig6.jsonl"
+fi
+python scripts/figures.py evolution --records "$FILE" --out "$OUT/figures/fig6_$SCALE.png"

@@ -1,0 +1,47 @@
+#!/usr/bin/env python3
+"""Append what a run folder itself tells to a results file: where it diverged, seconds an epoch.
+
+    python scripts/record_run.py runs/small/jempp-seed1 --method JEM++ --results table5.jsonl
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import cli, records  # noqa: E402
+
+
+def main(argv=None):
+    p = cli.parser(__doc__.splitlines()[0])
+    p.add_argument("run_dir", help="a run folder of train_jempp.py")
+    p.add_argument("--method", required=True, help="its row in the paper")
+    p.add_argument("--results", required=True, metavar="OUT.jsonl", help="append records here")
+    args = p.parse_args(argv)
+    log = records.read_jsonl(Path(args.run_dir) / "train.jsonl")
+    if not log or log[-1].get("kind") != "end":
+        raise cli.InputError(f"{args.run_dir} holds no run that has ended (no train.jsonl with a "
+                             "closing line)")
+    header = log[0]
+    end, trained, steps = log[-1], header["args"], [r for r in log if r["kind"] == "step"]
+    common = {
+        "method": args.method, "dataset": trained["dataset"], "seed": trained["seed"],
+        "training": {name: trained[name] for name in records.TRAINING} | {"step": end["step"]},
+        "checkpoint": None, "overrides": {}, "env": header["env"], "seconds": None,
+        "time": end["time"]}
+    found = []
+    if end["reason"] == "diverged":
+        found.append({"metric": "diverged", "value": end["step"], "unit": "step", "n": 1,
+                      "protocol": {"cause": end["detail"]}})
+    if rates := [r["images_per_s"] for r in steps]:
+        seconds = header["steps_per_epoch"] * trained["batch_size"] / statistics.median(rates)
+        found.append({"metric": "seconds_per_epoch", "value": seconds, "unit": "s",
+                      "n": len(rates), "protocol": {"what": "median over the run's records"}})
+    for record in found:
+        records.append_jsonl(args.results, {**record, **common})
+    return cli.EXIT_OK
+
+
+if __name__ == "__main__":
+    cli.run(main)
