@@ -53,7 +53,8 @@ def main(argv=None):
             "checkpoint": None, "overrides": {}, "method": row, "dataset": args.dataset,
             "seed": args.seed, "training": {k: getattr(args, k) for k in records.TRAINING}
             | {"step": None}, "env": env, "seconds": None, "time": records.now()})
-        print(f"{row:18s} {value:9.1f} ms   JEM / this {statistics.median(times['JEM']) / value:.2f}")
+        ratio = statistics.median(times["JEM"]) / value
+        print(f"{row:18s} {value:9.1f} ms   JEM / this {ratio:.2f}")
     return cli.EXIT_OK
 
 

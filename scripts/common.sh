@@ -22,7 +22,7 @@ case $SCALE in
     tiny)  SIZE=(--dataset digits --depth 10 --width 1 --batch_size 16 --n_train 48 --n_epochs 1
                  --warmup_iters 2 --decay_epochs --print_every 1 --buffer_size 60)
            EVAL+=(--attack_restarts 1 --attack_steps 2 --n_attack 20 --chain_steps 10
-                 --chain_batch 20 --n_images 100 --eps_linf 8 --eps_l2 0.5
+                 --chain_batch 20 --n_images 100 --is_splits 2 --kid_subset_size 20 --eps_linf 8 --eps_l2 0.5
                  --ood interp uniform) ;;
     *) echo "SCALE is paper, small or tiny, not $SCALE" >&2; exit 2 ;;
 esac
