@@ -1,0 +1,218 @@
+#!/usr/bin/env python3
+"""Print the paper's tables as Markdown, paper | ours | Δ, from the records in results/.
+
+    python scripts/make_tables.py              # on the terminal
+    python scripts/make_tables.py --readme     # between the markers in README.md
+    python scripts/make_tables.py --check      # exit code 1 where README.md is out of date
+
+No number stands in this file: the paper's are in results/paper.jsonl, ours in results/TABLE.jsonl.
+Ours is the mean over training seeds ± sample standard deviation, – where nothing was measured, and
+carries † where its protocol is smaller than the paper's (the lines "protocol" of paper.jsonl), with
+a footnote made from the records. How cells come from records is in utils/table_cells.py.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from utils import cli, records, table_records  # noqa: E402
+from utils.table_cells import NOTHING, OURS_ALONE, PAPER_ALONE, cell_of, delta  # noqa: E402
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+TITLES = {
+    "table2": "Table 2. Hybrid models on CIFAR-10",
+    "table3": "Table 3. Test accuracy (%) on SVHN and CIFAR-100",
+    "table4": "Table 4. Run time on CIFAR-10, speed-up over JEM",
+    "table5": "Table 5. Ablation on CIFAR-10, M = 10, N = 5",
+    "table6": "Table 6. Hyper-parameters for CIFAR-10",
+    "table7": "Table 7. AUROC of out-of-distribution detection, trained on CIFAR-10",
+    "ece": "Calibration (Section C.2). Expected calibration error (%), 20 bins",
+}
+HEADS = {
+    "accuracy": "accuracy %", "is_mean": "IS", "fid": "FID", "speedup": "speed-up",
+    "minutes_per_epoch": "min/epoch", "fd_features": "fd_features†", "iteration_ms": "ms/iteration",
+    "svhn": "SVHN", "interp": "CIFAR-10 interp", "cifar100": "CIFAR-100", "celeba": "CelebA",
+    "cifar10": "CIFAR-10", "log_p_x": "log p(x)", "max_p_y": "max p(y|x)",
+}
+SCRIPTS = {"table4": "table4_speed", "ece": "fig10_11"}  # of the others, the table's own name
+NEEDS = {  # what has to be brought along, by column or data set
+    "is_mean": "IS and FID need Inception weights (`eval_jempp.py --inception_weights FILE`)",
+    "fid": "IS and FID need Inception weights (`eval_jempp.py --inception_weights FILE`)",
+    "svhn": "SVHN needs train_32x32.mat and test_32x32.mat in `--data_root`",
+    "celeba": "CelebA is never downloaded: put its aligned images under celeba/ in `--data_root`",
+}
+
+
+def markdown_row(cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def header(columns):
+    """The two first lines of a table; one to three words for a number, as ``body`` has cells."""
+    words = ["model"]
+    several = len({n["dataset"] for n in columns}) > 1
+    for number in columns:
+        head = HEADS[number.get("out") or (number["dataset"] if several else number["column"])]
+        if number["column"] in OURS_ALONE:
+            words.append(f"{head} ours")
+        elif number["column"] in PAPER_ALONE:
+            words.append(f"{head} paper")
+        else:
+            words += [f"{head} paper", "ours", "Δ"]
+    return [markdown_row(words), markdown_row(["---"] + ["---:"] * (len(words) - 1))]
+
+
+def body(rows):
+    """One line a row of {row: [(number, cell)]}: paper, ours, Δ, as far as the column has them."""
+    for row, pairs in rows.items():
+        words = [row]
+        for number, cell in pairs:
+            if number["column"] not in OURS_ALONE:
+                words.append(number["printed"])
+            if number["column"] not in PAPER_ALONE:
+                words.append(cell.text + "†" * bool(cell.footnote))
+            if number["column"] not in OURS_ALONE + PAPER_ALONE:
+                words.append(delta(number, cell))
+        yield markdown_row(words)
+
+
+def footnotes(rows):
+    """One † line for each way in which cells of these rows were measured."""
+    notes = {}
+    for row, pairs in rows.items():
+        for _, cell in pairs:
+            if cell.footnote:
+                names, extras = notes.setdefault(cell.footnote, ({}, {}))
+                names[row] = None
+                extras |= dict.fromkeys(cell.extras)
+    for words, (names, extras) in notes.items():
+        about = ", ".join(names) if names.keys() < rows.keys() else "all rows"
+        yield f"† {about}: {'; '.join([words, *extras])}"
+
+
+def not_measured(table, rows):
+    """The line that says what – stands for and how to measure it."""
+    missing = [n for pairs in rows.values() for n, cell in pairs
+               if cell.text == NOTHING and not n.get("cited")
+               and n["column"] not in OURS_ALONE + PAPER_ALONE]
+    if missing:
+        scripts = sorted({"table4" if n["column"] == "speedup" else table for n in missing})
+        needs = dict.fromkeys(NEEDS[key] for n in missing
+                              for key in (n["column"], n["dataset"], n.get("out")) if key in NEEDS)
+        commands = " and ".join(f"`bash scripts/{SCRIPTS.get(t, t)}.sh`" for t in scripts)
+        yield "; ".join([f"{NOTHING} not measured here; measure with {commands}", *needs])
+
+
+def papers_notes(rows):
+    """What the paper itself says about its numbers, and whose rows it cites from elsewhere."""
+    cited = [row for row, pairs in rows.items() if any(n.get("cited") for n, _ in pairs)]
+    if cited:
+        yield f"Results of others that the paper cites, not trained here: {', '.join(cited)}"
+    notes = {}
+    for row, pairs in rows.items():
+        for number, _ in pairs:
+            if "note" in number:
+                notes.setdefault(number["note"], {})[row] = None
+    yield from (f"Paper, {', '.join(names)}: {note}" for note, names in notes.items())
+
+
+def section(table, title, numbers, results, full_scale):
+    """A table of paper numbers beside ours, as Markdown with its footnotes."""
+    timings = [r for r in results["table4"] if r["metric"] == "iteration_ms"]
+    rows = {}
+    for number in table_records.with_ours_alone(numbers, results[table], timings):
+        cell = cell_of(number, results[table], timings, full_scale)
+        rows.setdefault(number["row"], []).append((number, cell))
+    columns = [number for number, _ in next(iter(rows.values()))]
+    lines = [f"### {title}", "", *header(columns), *body(rows)]
+    for line in (*footnotes(rows), *not_measured(table, rows), *papers_notes(rows)):
+        lines += ["", f"{line}."]
+    return "\n".join(lines)
+
+
+def hyper_parameters(title, numbers):
+    """Table 6 beside the defaults of our flags."""
+    parser = cli.parser("")
+    cli.add_sampler_flags(parser)
+    ours = vars(parser.parse_args([]))
+    lines = [f"### {title}", "", *map(markdown_row, (["variable", "paper", "flag", "our default"],
+                                                     ["---", "---:", "---", "---:"]))]
+    lines += [markdown_row([n["row"].replace("|", r"\|"), n["printed"], f"`--{n['column']}`",
+                            f"{ours[n['column']]:g}"]) for n in numbers]
+    for number in numbers:
+        if "note" in number:
+            lines += ["", f"Paper, {number['row']}: {number['note']}."]
+    return "\n".join(lines)
+
+
+def all_tables(folder):
+    """{title: Markdown} of every table, in the paper's order; Table 7 is one for each score."""
+    numbers, full_scale = table_records.read_paper(folder, ROOT / "results")
+    results = {table: table_records.read_results(folder / f"{table}.jsonl", full_scale)
+               for table in TITLES}
+    texts = {}
+    for table, title in TITLES.items():
+        of_table = [n for n in numbers if n["table"] == table]
+        for sentence in table_records.left_out(of_table, results[table]):
+            print(f"left out: {table}.jsonl: {sentence}", file=sys.stderr)
+        for score in dict.fromkeys(n.get("score") for n in of_table):
+            part = [n for n in of_table if n.get("score") == score]
+            full_title = f"{title}, by {HEADS[score]}" if score else title
+            texts[full_title] = (hyper_parameters(title, part) if table == "table6" else
+                                 section(table, full_title, part, results, full_scale))
+    return texts
+
+
+def split_readme(path):
+    """(before, between, after) the two markers of a README."""
+    text = path.read_text(encoding="utf-8")
+    parts = re.split(f"{re.escape(BEGIN)}|{re.escape(END)}", text)
+    if len(parts) != 3 or not text.index(BEGIN) < text.index(END):
+        raise cli.InputError(f"{path} needs the lines {BEGIN} and {END}, once each, in this order")
+    return parts
+
+
+def disagreements(between, texts):
+    """Titles of the tables that a README does not hold as they are now."""
+    held = {part.splitlines()[0]: f"### {part}".strip()
+            for part in re.split("^### ", between, flags=re.M)[1:]}
+    wrong = [title for title in {**texts, **held} if texts.get(title) != held.get(title)]
+    return wrong or ([] if between.strip() == "\n\n".join(texts.values()) else ["the text around"])
+
+
+def main(argv=None):
+    p = cli.parser(__doc__.splitlines()[0])
+    p.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR",
+                   help="folder of the records; without a paper.jsonl there, results/ has it")
+    p.add_argument("--print", action="store_true", help="to the terminal (without other words)")
+    p.add_argument("--readme", type=Path, nargs="?", const=ROOT / "README.md", metavar="FILE",
+                   help=f"write the tables between {BEGIN} and {END} of FILE (README.md)")
+    p.add_argument("--check", action="store_true",
+                   help="write nothing; exit code 1 if --readme and the records disagree")
+    args = p.parse_args(argv)
+    if not args.results.is_dir():
+        raise cli.InputError(f"--results {args.results} is no folder")
+    texts = all_tables(args.results)
+    if args.print or not (args.readme or args.check):
+        print("\n\n".join(texts.values()))
+    if not (args.readme or args.check):
+        return cli.EXIT_OK
+    readme = args.readme or ROOT / "README.md"
+    before, between, after = split_readme(readme)
+    if args.check:
+        wrong = disagreements(between, texts)
+        if wrong:
+            print(f"{readme} and {args.results} disagree ({'; '.join(wrong)}): run "
+                  "python scripts/make_tables.py --readme", file=sys.stderr)
+        return int(bool(wrong))
+    with records.replacing(readme) as file:
+        file.write("".join([before, BEGIN, "\n\n", "\n\n".join(texts.values()), "\n\n", END,
+                            after]).encode())
+    return cli.EXIT_OK
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,346 @@
+"""The paper's numbers as data, and the tables made from them and from records."""
+
+import json
+import statistics
+from collections import Counter
+
+import pytest
+from conftest import ROOT
+
+from scripts import make_tables
+from utils.table_records import NUMBER
+
+PAPER = [json.loads(line) for line in (ROOT / "results" / "paper.jsonl").read_text().splitlines()]
+NUMBERS = [n for n in PAPER if n["table"] != "protocol"]
+ROWS = {
+    "table2": ["Residual Flow", "Glow", "IGEBM", "JEM (K=20)", "JEM++ (M=5)", "JEM++ (M=10)",
+               "JEM++ (M=20)", "VERA (α=100)", "VERA (α=1)", "WRN w/ BN", "SNGAN", "NCSN"],
+    "table3": ["Softmax (w/ BN)", "VERA", "JEM (K=20)", "JEM++ (M=5)", "JEM++ (M=10)"],
+    "table4": ["JEM", *(f"JEM++ M={m} N={n}" for m in (5, 10, 20) for n in (5, 10, 20))],
+    "table5": ["JEM++", "w/o Proximity", "w/ Adam", "random init (w/ BN)",
+               "random init (w/o BN)", "informative init (w/o BN)"],
+    "table7": ["Uncond Glow", "IGEBM", "JEM (K=20)", "JEM++ (M=5)", "JEM++ (M=10)",
+               "JEM++ (M=20)", "WideResNet"],
+    "ece": ["Standard Softmax", "JEM (K=20)", "JEM++ (M=5)", "JEM++ (M=10)"],
+}
+GENERATED = {"source": "buffer", "selection": "all", "reference": "train+test"}
+
+
+# ------------------------------------------------------------------------- the paper's numbers
+
+def paper(table, row, column, **keys):
+    found = [n for n in NUMBERS if (n["table"], n["row"], n["column"]) == (table, row, column)
+             and n.items() >= keys.items()]
+    assert len(found) == 1, found
+    return found[0]["value"]
+
+
+@pytest.mark.parametrize(("value", "where"), [
+    (0.935, ("table2", "JEM++ (M=10)", "accuracy")), (8.29, ("table2", "JEM++ (M=10)", "is_mean")),
+    (37.1, ("table2", "JEM++ (M=10)", "fid")), (1.5, ("table2", "JEM++ (M=10)", "speedup")),
+    (0.92, ("table2", "JEM++ (M=20)", "speedup")), (38.4, ("table2", "JEM (K=20)", "fid")),
+    (0.491, ("table2", "IGEBM", "accuracy")), (0.958, ("table2", "WRN w/ BN", "accuracy")),
+    (None, ("table2", "WRN w/ BN", "fid")), (25.3, ("table2", "NCSN", "fid")),
+    (30.1, ("table4", "JEM", "minutes_per_epoch")), (2.31, ("table4", "JEM++ M=5 N=20", "speedup")),
+    (20.1, ("table4", "JEM++ M=10 N=5", "minutes_per_epoch")),
+    (0.93, ("table4", "JEM++ M=20 N=5", "speedup")), (0.925, ("table5", "w/ Adam", "accuracy")),
+    (42.7, ("table5", "w/ Adam", "fid")), (36.0, ("table5", "w/o Proximity", "fid")),
+    (None, ("table5", "random init (w/ BN)", "accuracy")),
+    (0.886, ("table5", "random init (w/o BN)", "accuracy")),
+    (7.92, ("table5", "informative init (w/o BN)", "is_mean"))])
+def test_numbers_of_one_dataset(value, where):
+    assert paper(*where) == value
+
+
+def test_numbers_that_further_keys_tell_apart():
+    assert paper("table3", "JEM++ (M=10)", "accuracy", dataset="svhn") == 0.969
+    assert paper("table3", "JEM++ (M=10)", "accuracy", dataset="cifar100") == 0.745
+    assert paper("table3", "Softmax (w/ BN)", "accuracy", dataset="cifar100") == 0.789
+    assert paper("table7", "JEM++ (M=5)", "auroc", score="log_p_x", out="svhn") == 0.89
+    assert paper("table7", "JEM++ (M=10)", "auroc", score="log_p_x", out="celeba") == 0.59
+    assert paper("table7", "JEM++ (M=20)", "auroc", score="max_p_y", out="celeba") == 0.90
+    assert paper("table7", "WideResNet", "auroc", score="max_p_y", out="interp") == 0.77
+    assert paper("ece", "JEM++ (M=10)", "ece", dataset="cifar10") == 0.0235
+    assert paper("ece", "JEM (K=20)", "ece", dataset="cifar100") == 0.0487
+    assert paper("table6", "Number of outer steps M", "n_steps") == [5, 10]
+
+
+def test_all_rows_and_columns_are_there_once():
+    for table, rows in ROWS.items():
+        assert list(dict.fromkeys(n["row"] for n in NUMBERS if n["table"] == table)) == rows
+    keys = [tuple(str(v) for k, v in sorted(n.items()) if k not in ("value", "printed", "note"))
+            for n in NUMBERS]
+    assert max(Counter(keys).values()) == 1
+    size = Counter(n["table"] for n in NUMBERS)
+    assert size == {"table2": 48, "table3": 10, "table4": 20, "table5": 18, "table6": 6,
+                    "table7": 48, "ece": 8}
+
+
+def test_values_are_what_the_paper_prints():
+    for n in NUMBERS:
+        if n["value"] is None:
+            assert n["printed"] in ("", "-", "N/A", "Fig. 10", "Fig. 11")
+        elif n["table"] != "table6":
+            scale = 100 if n["column"] in ("accuracy", "ece") else 1
+            assert float(n["printed"].rstrip("×")) == pytest.approx(scale * n["value"]), n
+
+
+def test_cited_rows_are_those_of_others():
+    assert {n["row"] for n in NUMBERS if n.get("cited")} == {
+        "Residual Flow", "Glow", "VERA (α=100)", "VERA (α=1)", "SNGAN", "NCSN", "VERA",
+        "Uncond Glow"}
+
+
+def test_scripts_named_below_the_tables_exist():
+    for table in ROWS:
+        assert (ROOT / "scripts" / f"{make_tables.SCRIPTS.get(table, table)}.sh").exists()
+
+
+# --------------------------------------------------------------------------- synthetic records
+
+def record(metric, value, method="JEM++ (M=10)", *, seed=1, time="2026-01-01T00:00:00Z", n=10000,
+           dataset="cifar10", protocol=None, **training):
+    """As eval_jempp.py writes it; the paper's full training unless ``training`` says less."""
+    trained = {"dataset": dataset, "depth": 28, "width": 10, "norm": "batch", "batch_size": 64,
+               "n_epochs": 150, "n_train": None, "n_steps": 10, "in_steps": 5, "optimizer": "sgd",
+               "lr": 0.1, "init": "informative", "seed": seed, "step": 105450, **training}
+    if protocol is None:
+        protocol = {"accuracy": {"split": "test", "sigma": 0.0}, "diverged": {"cause": "NaN"},
+                    "ece": {"split": "test", "bins": 20}}.get(metric, GENERATED)
+    return {"metric": metric, "value": value, "unit": "", "n": n, "protocol": protocol,
+            "checkpoint": {"path": "best.pt", "sha256": "f" * 64, "step": 1, "epoch": 1},
+            "overrides": {}, "method": method, "training": trained, "dataset": dataset, "seed": 0,
+            "env": {"torch": "2.11.0", "device": "cpu", "cpu": "Imagined CPU, 2 cores",
+                    "commit": "abc1234def", "dirty": False}, "seconds": 1.0, "time": time}
+
+
+SMALL = {"depth": 10, "width": 1, "n_epochs": 3, "n_train": 4800, "batch_size": 32, "step": 450}
+
+
+@pytest.fixture
+def tables(tmp_path, call):
+    """Write {table: records}, run make_tables.py with words; returns (code, stdout, stderr)."""
+    def run(files, *words):
+        for table, found in files.items():
+            text = "".join(json.dumps(r) + "\n" for r in found)
+            (tmp_path / f"{table}.jsonl").write_text(text)
+        return call(make_tables.main, ["--results", tmp_path, *words])
+
+    run.folder = tmp_path
+    return run
+
+
+def table_of(out, title):
+    """The text of the table whose title begins so, and its rows as lists of cells."""
+    text = next(t for t in out.split("### ") if t.startswith(title))
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return text, {cells[0]: [c.strip() for c in cells[1:]] for cells in lines}
+
+
+def test_mean_and_sample_deviation_over_seeds(tables):
+    values = [0.40, 0.46, 0.52]
+    code, out, err = tables({"table2": [record("accuracy", v, seed=s, **SMALL)
+                                        for s, v in enumerate(values, 1)]})
+    text, rows = table_of(out, "Table 2")
+    assert (code, err) == (0, "")
+    assert statistics.stdev(values) == pytest.approx(0.06)
+    assert rows["JEM++ (M=10)"][:3] == ["93.5", "46.0 ± 6.0 (n=3)†", "-47.5"]
+    assert ("† JEM++ (M=10): WRN-10-1, 3 epochs of 4,800 images (450 steps), batch 32, seeds 1–3, "
+            "cpu (Imagined CPU, 2 cores), commit abc1234.") in text
+    assert "bash scripts/table2.sh" in text and "Inception weights" in text
+
+
+def test_full_scale_has_no_dagger(tables):
+    full = [record("accuracy", 0.941), record("is_mean", 8.5), record("fid", 36.0)]
+    text, rows = table_of(tables({"table2": full})[1], "Table 2")
+    assert rows["JEM++ (M=10)"][:9] == ["93.5", "94.1", "+0.6", "8.29", "8.50", "+0.21", "37.1",
+                                        "36.0", "-1.1"]
+    assert "†" not in text
+
+
+@pytest.mark.parametrize(("less", "words"), [
+    ({"depth": 16}, "WRN-16-10"), ({"width": 2}, "WRN-28-2"), ({"n_epochs": 149}, "149 epochs"),
+    ({"n_train": 44999}, "44,999 images"), ({"step": 1000}, "(1,000 of 105,450 steps)"),
+    ({"n": 9999}, "n 9,999 (paper 10,000)"), ({"n_steps": 5}, "n_steps 5 (paper 10)"),
+    ({"optimizer": "adam"}, "optimizer adam (paper sgd)"),
+    ({"protocol": {"split": "test", "sigma": 0.03}}, "sigma 0.03 (paper 0)")])
+def test_each_way_to_be_smaller_has_a_dagger_and_a_footnote(tables, less, words):
+    text, rows = table_of(tables({"table2": [record("accuracy", 0.9, **less)]})[1], "Table 2")
+    assert rows["JEM++ (M=10)"][1] == "90.0†"
+    assert text.count("\n† ") == 1 and words in text
+
+
+def test_the_best_checkpoint_of_a_whole_run_is_full_scale(tables):
+    """best.pt may be from before the end; record_run.py's record tells how far the run went."""
+    best, end = record("accuracy", 0.9, step=100000), record("seconds_per_epoch", 60.0)
+    for found, cell in (([best], "90.0†"), ([end, best], "90.0")):
+        assert table_of(tables({"table2": found})[1], "Table 2")[1]["JEM++ (M=10)"][1] == cell
+
+
+def test_jem_needs_its_200_epochs(tables):
+    jem = {"method": "JEM (K=20)", "norm": "none", "in_steps": 0, "n_steps": 20,
+           "optimizer": "adam", "init": "uniform"}
+    for epochs, cell in ((150, "92.0†"), (200, "92.0")):
+        found = record("accuracy", 0.92, n_epochs=epochs, step=703 * epochs, **jem)
+        _, rows = table_of(tables({"table2": [found]})[1], "Table 2")
+        assert rows["JEM (K=20)"][1] == cell
+
+
+def test_weights_of_others_are_marked(tables):
+    released = record("accuracy", 0.93) | {"training": None}
+    text, rows = table_of(tables({"table2": [released]})[1], "Table 2")
+    assert rows["JEM++ (M=10)"][1] == "93.0†"
+    assert "weights trained by others (sha256 ffffffff)" in text
+
+
+def test_fd_features_is_a_column_of_its_own_and_never_fid(tables):
+    found = record("fd_features", 12.345, protocol={**GENERATED, "features_sha256": "0123456789"})
+    _, before = table_of(tables({})[1], "Table 5")
+    assert "fd_features" not in str(before)
+    text, rows = table_of(tables({"table5": [found | {"method": "JEM++"}]})[1], "Table 5")
+    assert rows["model"][-1] == "fd_features† ours" and rows["JEM++"][-1] == "12.35†"
+    assert rows["JEM++"][6:9] == ["37.1", "–", "–"]
+    assert "not FID" in text and "classifier 01234567" in text
+
+
+def test_columns_are_told_apart_by_the_protocol(tables):
+    def auroc(value, score, out):
+        return record("auroc", value, n=20000, protocol={"score": score, "out": out,
+                                                         "n_in": 10000, "n_out": 10000})
+    wrong_split = record("accuracy", 0.99, protocol={"split": "train", "sigma": 0.0})
+    out = tables({"table7": [auroc(0.70, "log_p_x", "interp"), auroc(0.80, "max_p_y", "cifar100"),
+                             auroc(0.90, "max_p_y", "svhn")], "table2": [wrong_split]})[1]
+    density = table_of(out, "Table 7. AUROC of out-of-distribution detection, trained on CIFAR-10, "
+                            "by log")[1]["JEM++ (M=10)"]
+    assert density == [".63", "–", "–", ".68", "0.70", "+0.02", ".64", "–", "–", ".59", "–", "–"]
+    text, rows = table_of(out, "Table 7. AUROC of out-of-distribution detection, trained on "
+                               "CIFAR-10, by max")
+    assert rows["JEM++ (M=10)"][:3] == [".91", "0.90†", "-0.01"]
+    assert rows["JEM++ (M=10)"][6:9] == [".88", "0.80", "-0.08"]
+    assert "n_out of svhn 10,000 (paper 26,032)" in text
+    assert table_of(out, "Table 2")[1]["JEM++ (M=10)"][1] == "–"
+
+
+def test_the_latest_record_of_a_seed_wins(tables):
+    late = record("accuracy", 0.90, time="2026-02-01T00:00:00Z")
+    early = record("accuracy", 0.80, time="2026-01-01T00:00:00Z")
+    for order in ([late, early], [early, late]):
+        assert table_of(tables({"table2": order})[1], "Table 2")[1]["JEM++ (M=10)"][1] == "90.0"
+    same_second = [early, {**early, "value": 0.81}]
+    _, rows = table_of(tables({"table2": same_second})[1], "Table 2")
+    assert rows["JEM++ (M=10)"][1] == "81.0"
+
+
+def test_trainings_are_not_mixed(tables):
+    old = [record("accuracy", 0.40, seed=s, **SMALL) for s in (1, 2)]
+    new = record("accuracy", 0.60, seed=3, time="2026-02-01T00:00:00Z", **SMALL | {"width": 2})
+    code, out, err = tables({"table2": [*old, new]})
+    assert code == 0 and table_of(out, "Table 2")[1]["JEM++ (M=10)"][1] == "60.0†"
+    assert "2 records of 'JEM++ (M=10)' trained with other settings" in err
+
+
+def test_a_row_that_the_paper_lacks_is_said(tables):
+    code, out, err = tables({"table2": [record("accuracy", 0.9, method="JEM++ (M=11)")]})
+    assert code == 0 and "M=11" not in out
+    assert err.count("\n") == 1 and "table2.jsonl: 'JEM++ (M=11)' on cifar10 is no row" in err
+
+
+def test_divergence_is_shown_and_not_averaged(tables):
+    def row(*found):
+        text, rows = table_of(tables({"table5": found})[1], "Table 5")
+        return rows["w/o Proximity"], text
+
+    name = {"method": "w/o Proximity", **SMALL}
+    lost = [record("diverged", step, seed=s, n=1, **name) for s, step in ((1, 340), (2, 120))]
+    good = record("accuracy", 0.50, seed=3, **name)
+    cells, text = row(*lost, good)
+    assert cells[:3] == ["92.9", "50.0; 2 of 3 diverged (steps 120, 340)†", "-42.9"]
+    assert "seeds 1–3" in text
+    before = record("accuracy", 0.30, seed=2, **name)
+    cells, _ = row(*lost, good, before)
+    assert cells[1] == "50.0; 2 of 3 diverged (steps 120, 340; last good checkpoint 30.0)†"
+    cells, _ = row(lost[0])
+    assert cells[:3] == ["92.9", "diverged at step 340†", "–"]
+    full = record("diverged", 20000, method="w/o Proximity", n=1, step=20000)
+    assert row(full)[0][1] == "diverged at step 20,000"
+
+
+def timing(method, value, run="a", **less):
+    n_steps, in_steps = {"JEM": (20, 0), "JEM++ M=10 N=5": (10, 5)}[method]
+    found = record("iteration_ms", value, method, n=5, n_steps=n_steps, in_steps=in_steps,
+                   protocol={"run": run, "reference": "JEM", "n_steps": n_steps,
+                             "in_steps": in_steps}, time=f"2026-01-01T00:00:00{run}", **less)
+    found["training"]["step"] = None
+    return found
+
+
+def test_speed_up_is_the_ratio_within_one_run(tables):
+    found = [timing("JEM", 300.0), timing("JEM++ M=10 N=5", 150.0), timing("JEM", 900.0, "b"),
+             timing("JEM++ M=10 N=5", 500.0, "b"), timing("JEM++ M=10 N=5", 1.0, "c")]
+    out = tables({"table4": found})[1]
+    text, rows = table_of(out, "Table 4")
+    assert rows["JEM++ M=10 N=5"] == ["20.1", "1.49×", "1.80", "+0.31", "500"]
+    assert rows["JEM"] == ["30.1", "1×", "1.00", "+0.00", "900"] and "†" not in text
+    assert table_of(out, "Table 2")[1]["JEM++ (M=10)"][9:] == ["1.5×", "1.80", "+0.30"]
+    small = [timing("JEM", 30.0, depth=10), timing("JEM++ M=10 N=5", 20.0, depth=10)]
+    text, rows = table_of(tables({"table4": small})[1], "Table 4")
+    assert rows["JEM++ M=10 N=5"][2] == "1.50†"
+    assert "† JEM, JEM++ M=10 N=5: one iteration of WRN-10-10, batch 64, cpu (Imagined" in text
+
+
+# ------------------------------------------------------------------------------ README and errors
+
+def test_readme_is_written_checked_and_goes_stale(tables):
+    readme = tables.folder / "README.md"
+    readme.write_text(f"before\n{make_tables.BEGIN}\nold\n{make_tables.END}\nafter\n")
+    found = [record("accuracy", 0.9, seed=1, **SMALL)]
+    words = ["--readme", readme]
+    code, out, err = tables({"table2": found}, *words, "--check")
+    assert code == 1 and err.count("\n") == 1
+    assert tables({}, *words)[0] == 0 and tables({}, *words, "--check") == (0, "", "")
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "90.0†" in text
+    assert tables({}, *words)[0] == 0 and readme.read_text() == text
+
+    code, out, err = tables({"table2": []}, *words, "--check")
+    assert code == 1 and "Table 2" in err and "Table 3" not in err and err.count("\n") == 1
+    assert readme.read_text() == text
+    assert tables({}, *words)[0] == 0 and tables({}, *words, "--check")[0] == 0
+    assert table_of(readme.read_text(), "Table 2")[1]["JEM++ (M=10)"][1] == "–"
+
+
+def test_missing_markers_are_one_line(tables):
+    readme = tables.folder / "README.md"
+    for text in ("nothing", f"{make_tables.END} {make_tables.BEGIN}", make_tables.BEGIN):
+        readme.write_text(text)
+        code, out, err = tables({}, "--readme", readme)
+        assert code == 2 and err.count("\n") == 1 and make_tables.BEGIN in err
+        assert readme.read_text() == text
+
+
+@pytest.mark.parametrize(("line", "complaint"), [
+    ("{", "not JSON"), ("3", "not a JSON object"), ('{"metric": "accuracy"}', "lacks value"),
+    (json.dumps(record("accuracy", "nan")), "not a finite number"),
+    (json.dumps({k: v for k, v in record("fid", 1.0).items() if k != "training"}), "training"),
+    (json.dumps(record("fid", 1.0) | {"training": {"seed": 1}}), "training lacks dataset"),
+    (json.dumps(timing("JEM", 1.0) | {"protocol": {}}), "protocol lacks run, reference")])
+def test_a_bad_line_is_named_by_file_and_number(tables, line, complaint):
+    good = json.dumps(record("accuracy", 0.9))
+    (tables.folder / "table3.jsonl").write_text(f"{good}\n{line}\n")
+    code, out, err = tables({})
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "table3.jsonl:2: " in err and complaint in err
+
+
+def test_numbers_of_the_paper_are_checked_as_well(tables):
+    (tables.folder / "paper.jsonl").write_text('{"table": "table2"}\n')
+    code, _, err = tables({})
+    assert code == 2 and "paper.jsonl:1: " in err and set(NUMBER[1:]) <= set(
+        err.replace(",", "").split())
+
+
+def test_readme_of_the_repository_agrees_with_its_records(call):
+    if make_tables.BEGIN not in (ROOT / "README.md").read_text():
+        pytest.skip("README.md has no section of results yet")
+    code, _, err = call(make_tables.main, ["--check"])
+    assert code == 0, err

@@ -1,0 +1,177 @@
+"""The cells of the paper's tables: ours from the records beside a number, its † and footnote."""
+
+import statistics
+from typing import NamedTuple
+
+from utils.table_records import measures, of_row, seed_of, settings
+
+NOTHING = "–"
+OURS_ALONE, PAPER_ALONE = ("fd_features", "iteration_ms"), ("minutes_per_epoch",)
+NOT_APPLICABLE = ("", "N/A")  # where the paper prints this, there is nothing to measure
+FORMAT = {"accuracy": (100, 1), "ece": (100, 2), "is_mean": (1, 2), "fid": (1, 1),  # scale, digits
+          "fd_features": (1, 2), "auroc": (1, 2), "speedup": (1, 2), "iteration_ms": (1, 0)}
+IN_EVERY_FOOTNOTE = ("depth", "width", "n_epochs", "n_train", "step", "batch_size")
+
+
+class Cell(NamedTuple):
+    """Ours: text, mean in the record's unit, and where smaller than the paper's, † words."""
+
+    text: str
+    value: float | None = None
+    footnote: str | None = None
+    extras: tuple = ()
+
+
+def shown(number, value, signed=False):
+    scale, digits = FORMAT[number["column"]]
+    return f"{scale * value:{'+' * signed},.{digits}f}"
+
+
+def cell_of(number, records, timings, full_scale):
+    """Ours beside one number of the paper."""
+    if number["column"] in PAPER_ALONE:
+        return Cell("")
+    cell = (time_cell(number, timings, full_scale)
+            if number["column"] in ("speedup", "iteration_ms") else
+            metric_cell(number, of_row(number["row"], number["dataset"], records), full_scale))
+    return Cell("") if cell.text == NOTHING and number["printed"] in NOT_APPLICABLE else cell
+
+
+def metric_cell(number, records, full_scale):
+    """Mean ± sample standard deviation over seeds, of each its latest record; a seed that
+    diverged is told with its step, and does not count into the mean."""
+    lost = {seed_of(r): r for r in records if r["metric"] == "diverged"}
+    latest = {seed_of(r): r for r in records if measures(r, number)}
+    kept = [r for seed, r in latest.items() if seed not in lost]
+    values, words = [r["value"] for r in kept], []
+    if kept:
+        words.append(shown(number, statistics.fmean(values)))
+        if len(kept) > 1:
+            words[0] += f" ± {shown(number, statistics.stdev(values))} (n={len(kept)})"
+    if lost:
+        seeds = {seed_of(r) for r in records}
+        words.append(divergence(number, lost, latest, len(seeds)))
+    if not words:
+        return Cell(NOTHING)
+    return Cell("; ".join(words), statistics.fmean(values) if kept else None,
+                *provenance(number, [*kept, *lost.values()], full_scale))
+
+
+def divergence(number, lost, latest, n_seeds):
+    """"2 of 3 diverged (steps 120, 340)", with what the last good checkpoints reached."""
+    runs = sorted(lost.values(), key=lambda r: r["value"])
+    steps = ", ".join(f"{r['value']:,.0f}" for r in runs)
+    before = [shown(number, latest[seed]["value"]) for seed in map(seed_of, runs) if seed in latest]
+    reached = f"last good checkpoint {', '.join(before)}" if before else ""
+    if n_seeds == 1:
+        return f"diverged at step {steps}" + f" ({reached})" * bool(reached)
+    return (f"{len(runs)} of {n_seeds} diverged (step{'s' * (len(runs) > 1)} {steps}"
+            + f"; {reached}" * bool(reached) + ")")
+
+
+def time_cell(number, timings, full_scale):
+    """Speed-up or ms an iteration, of the latest run that timed this sampler and its reference."""
+    for record in reversed(timings):
+        s = settings(record)
+        if record["dataset"] != number["dataset"] or any(
+                s[key] != number.get(key) for key in ("n_steps", "in_steps")):
+            continue
+        reference = [r["value"] for r in timings if r["method"] == s["reference"]
+                     and settings(r)["run"] == s["run"]]
+        if reference:
+            value = record["value"]
+            value = reference[-1] / value if number["column"] == "speedup" else value
+            return Cell(shown(number, value), value, *provenance(number, [record], full_scale))
+    return Cell(NOTHING)
+
+
+def delta(number, cell):
+    """Ours - paper, in the paper's unit, with its sign."""
+    if cell.value is None or number["value"] is None:
+        return NOTHING if cell.text else ""
+    return shown(number, cell.value - number["value"], signed=True)
+
+
+def shortfalls(number, record, full_scale):
+    """{setting: (found, the paper's)} where a record falls short of the paper's protocol; what a
+    record of others does not say is not held against it."""
+    found, short = settings(record), {}
+    about = {"row": number["row"], "dataset": number["dataset"], "out": number.get("out"),
+             "of": number["column"]}
+    for line in full_scale:
+        have, wanted = found.get(line["column"]), line["value"]
+        applies = all(value in line.get(key, [value]) for key, value in about.items())
+        if applies and have is not None and (
+                have < wanted if line["compare"] == "at least" else have != wanted):
+            short[line["column"]] = have, wanted
+    if "step" in found and found["step"] < all_steps(found):
+        short["step"] = found["step"], all_steps(found)
+    return short
+
+
+def all_steps(s):
+    """Steps of a whole training: epochs without their last, partial batch (0: not known)."""
+    return s["n_epochs"] * ((s["n_train"] or 0) // s["batch_size"])
+
+
+def provenance(number, used, full_scale):
+    """(footnote or None, further words of it) for the records that a cell is made from."""
+    short = {}
+    for record in used:
+        short |= shortfalls(number, record, full_scale)
+    where = f" of {number['out']}" if "out" in number else ""
+    extras = [f"{name + where * (name == 'n_out')} {listed([have])} (paper {listed([wanted])})"
+              for name, (have, wanted) in short.items() if name not in IN_EVERY_FOOTNOTE]
+    judges = [str(r["protocol"].get("features_sha256"))[:8] for r in used
+              if r["metric"] == "fd_features"]
+    if judges:
+        extras.append("fd_features, which is not FID: Fréchet distance in the features of "
+                      f"classifier {listed(judges)}")
+    foreign = any(r["metric"] != "iteration_ms" and seed_of(r) is None for r in used)
+    return (described(used), tuple(extras)) if short or extras or foreign else (None, ())
+
+
+def listed(values):
+    """[1, 2, 3] -> "1–3"; [1, 5000] -> "1, 5,000"; words as they are."""
+    values = sorted(set(values))
+    if any(isinstance(v, str) for v in values):
+        return ", ".join(values)
+    if len(values) > 2 and values == list(range(values[0], values[-1] + 1)):
+        return f"{values[0]}–{values[-1]}"
+    return ", ".join(f"{v:,}" for v in values)
+
+
+def described(used):
+    """Network, training, seeds, machine and commit of records trained with the same settings."""
+    s = settings(used[-1])
+    if "seed" in s:
+        words = training_words(s, used)
+    elif "depth" in s:
+        words = [f"one iteration of WRN-{s['depth']}-{s['width']}", f"batch {s['batch_size']}"]
+    else:
+        hashes = listed([str(r["checkpoint"]["sha256"])[:8] for r in used])
+        words = [f"weights trained by others (sha256 {hashes})"]
+    return ", ".join(dict.fromkeys([*words, *map(machine, used), *map(commit, used)]))
+
+
+def training_words(s, used):
+    """["WRN-10-1", "3 epochs of 4,800 images (450 steps)", "batch 32", "seeds 1–3"]"""
+    images = f"{s['n_train']:,}" if s["n_train"] else "all"
+    steps = listed([settings(r)["step"] for r in used if "step" in settings(r)])
+    whole = f"{all_steps(s):,}"
+    of_all = f" of {whole}" if steps != whole and all_steps(s) else ""
+    return [f"WRN-{s['depth']}-{s['width']}",
+            f"{s['n_epochs']} epoch{'s' * (s['n_epochs'] > 1)} of {images} images"
+            + f" ({steps}{of_all} steps)" * bool(steps), f"batch {s['batch_size']}",
+            f"seed{'s' * (len(used) > 1)} {listed([s['seed'] for s in map(settings, used)])}"]
+
+
+def machine(record):
+    env = record["env"]
+    return f"cpu ({env['cpu']})" if env["device"] == "cpu" else env["device"]
+
+
+def commit(record):
+    env = record["env"]
+    changed = " with changes" if env.get("dirty") else ""
+    return f"commit {env['commit'][:7]}{changed}" if env["commit"] else "no commit"

@@ -1,0 +1,161 @@
+"""What make_tables.py reads: the paper's numbers and our records, and which belong together.
+
+A *number* is a line of results/paper.jsonl: table, row, column (the metric), dataset, value (None
+where the paper has none), ``printed`` (as the paper prints it); any further key, such as ``split``
+or ``out``, has to stand in the ``protocol`` of a record that measures the same. A *record* is a
+line of results/TABLE.jsonl, as eval_jempp.py, scripts/record_run.py (``diverged``) and
+scripts/benchmark_table4.py (``iteration_ms``) write it.
+"""
+
+import json
+import math
+
+from utils.cli import InputError
+from utils.records import TRAINING
+
+NUMBER = ("table", "row", "column", "dataset", "value", "unit", "printed")
+FULL_SCALE = ("column", "value", "compare")
+RECORD = ("metric", "value", "method", "dataset", "protocol", "env", "time")
+TIMING = ("run", "reference", "n_steps", "in_steps", "depth", "width", "batch_size")
+ENV = ("device", "cpu", "commit")
+SHOWN = ("accuracy", "ece", "auroc", "is_mean", "fid", "fd_features", "iteration_ms", "diverged")
+
+
+def read_lines(path, complaint):
+    """The JSON objects of a file, [] for no file; InputError, with the line, where one is bad."""
+    objects = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+        try:
+            objects.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not JSON ({error})") from None
+        wrong = complaint(objects[-1]) if isinstance(objects[-1], dict) else "not a JSON object"
+        if wrong:
+            raise InputError(f"{path}:{number}: {wrong}")
+    return objects
+
+
+def lacking(what, keys, name):
+    if not isinstance(what, dict):
+        return f"{name} is no JSON object"
+    absent = [key for key in keys if key not in what]
+    return f"{name} lacks {', '.join(absent)}" if absent else None
+
+
+def complain_of_number(number):
+    keys = FULL_SCALE if number.get("table") == "protocol" else NUMBER
+    return lacking(number, keys, "the paper's number")
+
+
+def complain_of_record(record):
+    """What is wrong with a measured record, in words, or None."""
+    timing = record.get("metric") == "iteration_ms"
+    count = () if timing or record.get("metric") == "diverged" else ("n",)
+    wrong = lacking(record, (*RECORD, *count), "the record")
+    if wrong:
+        return wrong
+    value = record["value"]
+    if record["metric"] in SHOWN and not (isinstance(value, int | float) and math.isfinite(value)):
+        return f"value {value!r} is not a finite number"
+    wrong = lacking(record["protocol"], (), "protocol") or lacking(record["env"], ENV, "env")
+    if wrong:
+        return wrong
+    if timing:
+        return lacking(settings(record), TIMING, "protocol") or (
+            f"{value} ms is no time" if value <= 0 else None)
+    if "training" not in record:
+        return "the record lacks training"
+    return None if record["training"] is None else complain_of_training(record["training"])
+
+
+def complain_of_training(training):
+    """What is wrong with the training arguments; only n_train may be null (all images)."""
+    keys = (*TRAINING, "step")
+    wrong = lacking(training, keys, "training")
+    null = [] if wrong else [k for k in keys if training[k] is None and k != "n_train"]
+    return wrong or (f"training has no {', '.join(null)}" if null else None)
+
+
+def read_paper(folder, default):
+    """(numbers, full-scale protocol) of paper.jsonl in ``folder``, else in ``default``."""
+    path = folder / "paper.jsonl"
+    lines = read_lines(path if path.exists() else default / "paper.jsonl", complain_of_number)
+    return ([n for n in lines if n["table"] != "protocol"],
+            [n for n in lines if n["table"] == "protocol"])
+
+
+def read_results(path, full_scale):
+    """Measured records, oldest first; of one second, in the file's order. A training on all images
+    is given their number, the full scale's."""
+    found = read_lines(path, complain_of_record)
+    for training in (r["training"] for r in found if r.get("training")):
+        whole = [line["value"] for line in full_scale if line["column"] == "n_train"
+                 and training["dataset"] in line["dataset"]]
+        if training["n_train"] is None and whole:
+            training["n_train"] = whole[0]
+    return sorted(found, key=lambda r: r["time"])
+
+
+def left_out(numbers, records):
+    """A sentence for each row that the paper's table lacks, and for each trained in two ways."""
+    rows = {(n["row"], n["dataset"]) for n in numbers}
+    for row, dataset in dict.fromkeys((r["method"], r["dataset"]) for r in records):
+        others = len(trained(row, dataset, records)) - len(of_row(row, dataset, records))
+        if (row, dataset) not in rows:
+            yield f"{row!r} on {dataset} is no row of the paper's table"
+        elif others:
+            yield f"{others} records of {row!r} trained with other settings than its latest one"
+
+
+def with_ours_alone(numbers, records, timings):
+    """The numbers, and for each FID and each time those that only we have, where measured."""
+    extra = []
+    if any(r["metric"] == "fd_features" for r in records):
+        extra += [n | {"column": "fd_features"} for n in numbers if n["column"] == "fid"]
+    if timings and any(n["column"] == "minutes_per_epoch" for n in numbers):
+        extra += [n | {"column": "iteration_ms"} for n in numbers if n["column"] == "speedup"]
+    return numbers + extra
+
+
+def seed_of(record):
+    """The training seed; None for weights of others."""
+    return (record["training"] or {}).get("seed")
+
+
+def settings(record):
+    """All that a record's value depends on, flat; of a diverged run what it was trained with."""
+    both = {**(record.get("training") or {}), **record["protocol"], "n": record.get("n")}
+    if record["metric"] == "iteration_ms":
+        return {key: both[key] for key in TIMING if key in both}
+    if record["metric"] == "diverged":
+        return {key: both[key] for key in TRAINING if key in both}
+    return both
+
+
+def trained(row, dataset, records):
+    """A row's records of a trained network: all but times."""
+    return [r for r in records if (r["method"], r["dataset"]) == (row, dataset)
+            and r["metric"] != "iteration_ms"]
+
+
+def of_row(row, dataset, records):
+    """A row's records, of those trained with the settings of the latest (seeds may differ). Their
+    training step is the furthest that any record of the seed tells of: best.pt is from before."""
+    def trained_with(record):
+        training = record["training"] or {}
+        return {k: v for k, v in training.items() if k not in ("seed", "step")}
+
+    own = trained(row, dataset, records)
+    own = [r for r in own if trained_with(r) == trained_with(own[-1])]
+    end = {}
+    for r in own:
+        end[seed_of(r)] = max(end.get(seed_of(r), 0), (r["training"] or {}).get("step", 0))
+    return [r if r["training"] is None else
+            r | {"training": r["training"] | {"step": end[seed_of(r)]}} for r in own]
+
+
+def measures(record, number):
+    """Whether a record of the number's row is a measurement of it: metric and protocol agree."""
+    keys = number.keys() - {*NUMBER, "cited", "note"}
+    return (record["metric"] == number["column"]
+            and all(record["protocol"].get(key) == number[key] for key in keys))
