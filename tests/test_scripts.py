@@ -129,3 +129,32 @@ def test_the_literal_iteration_takes_the_same_step():
     for (name, ours), theirs in zip(state.model.named_parameters(), other.model.parameters(),
                                     strict=True):
         assert (ours - theirs).abs().max() < 1e-10, name
+
+
+TINY_SCRIPTS = ("fig2_7_8", "table4_speed", "table2", "table3", "table5", "table7", "fig5", "fig6",
+                "fig9", "fig10_11", "fig3_4_12", "fig13_22")
+
+
+@pytest.mark.slow
+def test_every_table_and_figure_script_runs_at_tiny_scale(tmp_path):
+    """In the order in which they share runs; the second call has nothing left to do."""
+    assert {f"{name}.sh" for name in TINY_SCRIPTS} == {
+        p.name for p in SCRIPTS if p.name.startswith(("table", "fig"))}
+    env = {**os.environ, "SCALE": "tiny", "RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1",
+           "DATA": str(tmp_path / "data"),
+           "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for name in TINY_SCRIPTS:
+        done = subprocess.run(["bash", f"scripts/{name}.sh"], cwd=ROOT, env=env, text=True,
+                              capture_output=True)
+        assert done.returncode == 0, f"{name}: {done.stdout[-1500:]}{done.stderr[-1500:]}"
+    out = tmp_path / "runs" / "results"
+    lines = {p.name: len(p.read_text().splitlines()) for p in out.glob("*.jsonl")}
+    assert set(lines) >= {"table2.jsonl", "table3.jsonl", "table4.jsonl", "table5.jsonl",
+                          "table7.jsonl", "fig6.jsonl", "fig9.jsonl", "ece.jsonl"}
+    assert len(list((out / "figures").glob("*.png"))) >= 5
+    tables = subprocess.run([sys.executable, "scripts/make_tables.py", "--results", str(out)],
+                            cwd=ROOT, text=True, capture_output=True)
+    assert tables.returncode == 0 and "†" in tables.stdout
+    done = subprocess.run(["bash", "scripts/table5.sh"], cwd=ROOT, env=env, text=True)
+    assert done.returncode == 0
+    assert len((out / "table5.jsonl").read_text().splitlines()) == lines["table5.jsonl"]

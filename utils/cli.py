@@ -29,8 +29,11 @@ def run(main):
     except InputError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         code = EXIT_INPUT
+    except BrokenPipeError:  # whoever read our output has read enough, as in "... | head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_OK
     except OSError as error:
-        if isinstance(error, BrokenPipeError) or error.errno is None:
+        if error.errno is None:
             raise
         where = f" ({error.filename})" if error.filename else ""
         print(f"{program}: error: {error.strerror}{where}", file=sys.stderr)
