@@ -244,3 +244,33 @@ def test_p_x_weight_0_is_a_plain_classifier(tmp_path, call):
     log = read_jsonl(tmp_path / "train.jsonl")
     assert "e_pos" not in log[1] and log[1]["loss"] == pytest.approx(log[1]["ce"])
     assert torch.load(tmp_path / "last.pt", weights_only=True)["buffer"] is None
+
+
+def loss_of(monkeypatch, *flags):
+    """joint_loss on one batch with x_neg given: (model, batch, x_neg, metrics)."""
+    args = train_jempp.parse_args([*TINY, "--norm", "none", *flags])
+    state, data, p0, _, _ = train_jempp.build(args, torch.device("cpu"))
+    x_neg = torch.rand(16, 3, 16, 16) * 2 - 1
+    monkeypatch.setattr(train_jempp, "sample_negatives", lambda *rest: x_neg)
+    batch = data.batch(0)
+    streams = train_jempp.seed_step(1, 0, 0, "cpu")
+    loss, metrics = train_jempp.joint_loss(state.model, None, batch, None, p0, args, streams)
+    return state.model, batch, x_neg, {k: v.item() for k, v in metrics.items()}
+
+
+@pytest.mark.parametrize("flags", ([], ["--class_cond_p_x_sample"]))
+def test_log_p_x_takes_the_energy_of_x_alone(monkeypatch, flags):
+    model, (x_pos, (x_lab, y_lab)), x_neg, metrics = loss_of(monkeypatch, *flags)
+    e_pos, e_neg = model.energy(x_pos).mean().item(), model.energy(x_neg).mean().item()
+    ce = -model.log_p_y_given_x(x_lab)[torch.arange(16), y_lab].mean().item()
+    assert metrics["e_pos"] == pytest.approx(e_pos, rel=1e-5)
+    assert metrics["e_neg"] == pytest.approx(e_neg, rel=1e-5)
+    assert metrics["loss"] == pytest.approx(e_pos - e_neg + ce, rel=1e-4)
+
+
+def test_weights_of_the_three_log_likelihoods(monkeypatch):
+    model, (_, (x_lab, y_lab)), x_neg, metrics = loss_of(
+        monkeypatch, "--p_x_weight", "0.5", "--p_y_given_x_weight", "2", "--p_x_y_weight", "3")
+    joint = (model.energy(x_lab, y_lab) - model.energy(x_neg, y_lab)).mean().item()
+    expected = 0.5 * (metrics["e_pos"] - metrics["e_neg"]) + 2 * metrics["ce"] + 3 * joint
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-4)
