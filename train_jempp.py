@@ -9,6 +9,7 @@ The same command again continues the run. Exit codes: 0 finished, 2 bad input, 3
 """
 
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -21,12 +22,11 @@ from models import JEM, energy
 from samplers import ClassGaussians, ReplayBuffer, UniformInit, make_sampler
 from utils import checkpoint, cli, records
 from utils.data import SPECS, TrainData, load_splits
+from utils.guard import Guard, fetch, roll_back, save_last
 from utils.inference import accuracy
 from utils.robustness import adversarial_batch, ball_radius
 from utils.run_log import RunLog
 from utils.seeding import generator, seed_step
-
-MAX_LOSS = 1e8  # beyond it the run counts as diverged (the released code's bound)
 
 
 def parse_args(argv=None):
@@ -110,7 +110,7 @@ def joint_loss(model, draw, batch, buffer, p0, args, streams):
         x_neg = sample_negatives(model, draw, buffer, p0, args, streams, y)
         e_neg = model.energy(x_neg).mean()  # chains drawn per class are draws of p(x) all the same
         loss = loss + args.p_x_weight * (e_pos - e_neg)
-        log |= {"e_pos": e_pos, "e_neg": e_neg}
+        log |= {"e_pos": e_pos, "e_neg": e_neg, "saturated": (x_neg.abs() >= 1).float().mean()}
 
     if args.p_y_given_x_weight or args.p_x_y_weight:
         if args.adversarial != "none":
@@ -137,27 +137,17 @@ def train_step(args, state, draw, data, p0):
     """Algorithm 2, lines 2 to 6, once. Returns what joint_loss logs."""
     lr = learning_rate(state.step, state.step // data.steps_per_epoch, args)
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
-    streams = seed_step(args.seed, state.step, 0, data.device)
+        group["lr"] = lr * state.lr_factor
+    streams = seed_step(checkpoint.stream_key(args.seed, state.stream), state.step, 0, data.device)
     loss, metrics = joint_loss(state.model, draw, data.batch(state.step), state.buffer, p0, args,
                                streams)
     state.optimizer.zero_grad()
     loss.backward()
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    metrics["grad_norm"] = torch.nn.utils.get_total_norm(gradients)
     state.optimizer.step()
     state.step += 1
     return metrics
-
-
-def fault(means, state, look_at_weights):
-    """What is wrong with the run, or None. ``means`` hide no NaN: one makes the mean one too."""
-    for name, value in means.items():
-        if not math.isfinite(value):
-            return f"{name} is {value}"
-    if abs(means["loss"]) > MAX_LOSS:
-        return f"|loss| is {abs(means['loss']):.3g}, beyond {MAX_LOSS:.0e}"
-    if look_at_weights and not checkpoint.is_finite(state):
-        return "weights or buffer are not finite"
-    return None
 
 
 class Stop:
@@ -178,9 +168,11 @@ class Stop:
 
 def train(args, state, data, p0, valid, test, log, stop):
     """The loop. Returns (reason, detail) of its end; RUN/last.pt then holds the last good state."""
-    draw, run_dir, window = make_sampler(args), Path(args.run_dir), []
+    draw, run_dir, guard = make_sampler(args), Path(args.run_dir), Guard(args, data.spec.n_classes)
     last = args.n_epochs * data.steps_per_epoch
     total = min(last, args.max_steps or last)
+    window, rows = [], []  # scalars of the last steps, on the device and fetched
+    check_every = 1 if data.device.type == "cpu" else args.check_every
     bar = tqdm(total=total, initial=state.step, unit="step", disable=None)
     log.start_clock(state.step)
     while state.step < total:
@@ -192,23 +184,38 @@ def train(args, state, data, p0, valid, test, log, stop):
         printing = state.step % args.print_every == 0
         saving = (position == 0 or state.step == total or stopping
                   or (args.ckpt_steps and state.step % args.ckpt_steps == 0))
-        if not (printing or saving or data.device.type == "cpu"):
-            continue  # a GPU is not waited for between records
+        if not (printing or saving or state.step % check_every == 0):
+            continue  # nothing waits for the device in between
 
-        means = {k: torch.stack([m[k] for m in window]).mean().item() for k in window[0]}
-        if cause := fault(means, state, saving):
+        new = fetch(window)
+        window.clear()
+        trouble = guard.look(state, new)
+        if not trouble and saving and not checkpoint.is_finite(state):
+            trouble = state.step, "weights or buffer are not finite"
+        if trouble:
             checkpoint.save(run_dir / "diverged.pt", state, args, epoch)
-            return "diverged", cause
+            if args.on_divergence == "stop" or state.rollbacks >= args.max_rollbacks:
+                return "diverged", f"{trouble[1]} at step {trouble[0]}"
+            roll_back(*trouble, run_dir, state, args,
+                      lambda stream: new_state(args, data, p0, state.p0, stream), log)
+            data.reseed(checkpoint.stream_key(args.seed, state.stream))
+            tqdm.write(f"step {trouble[0]}: {trouble[1]}: back to step {state.step} with other "
+                       f"random numbers (rollback {state.rollbacks} of {args.max_rollbacks})")
+            rows.clear()
+            bar.n = state.step
+            continue
+        rows += new
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
         if printing or saving:
             log.steps(state, args, means)
             bar.set_postfix({k: f"{v:.3g}" for k, v in means.items()})
-            window.clear()
+            rows.clear()
         if position == 0 and (epoch % args.eval_every == 0 or state.step == last):
             evaluate(args, state, epoch, valid, test, means, log)
         if position == 0 and args.keep_every and epoch % args.keep_every == 0:
             checkpoint.save(run_dir / f"epoch_{epoch:04d}.pt", state, args, epoch, resumable=False)
         if saving:
-            checkpoint.save(run_dir / "last.pt", state, args, epoch)
+            save_last(run_dir, state, args, epoch, log)
             log.start_clock(state.step)
         if stopping:
             return stopping, "state saved; the same command goes on"
@@ -243,24 +250,30 @@ def build(args, device):
         p0 = ClassGaussians.fit(images.x, images.y, spec.n_classes)
     else:
         p0 = UniformInit(images.x.shape[1:], device)
-    torch.manual_seed(args.seed)
+    origin = {"init": args.init, "dataset": args.dataset, "n_valid": args.n_valid,
+              "n_train": len(images.y), "train_sha256": images.digest()}
+    return new_state(args, data, p0, origin), data, p0, valid, test
+
+
+def new_state(args, data, p0, origin, stream=0):
+    """Weights, optimiser and replay buffer as a run begins with them."""
+    key, device = checkpoint.stream_key(args.seed, stream), data.device
+    torch.manual_seed(args.seed + stream)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    model = JEM.wide_resnet(depth=args.depth, width=args.width, n_classes=spec.n_classes,
+    model = JEM.wide_resnet(depth=args.depth, width=args.width, n_classes=data.spec.n_classes,
                             norm=args.norm, bn_momentum=args.bn_momentum)
     model = model.to(device, memory_format=layout).train()
     buffer = None
     if args.p_x_weight or args.p_x_y_weight:
-        buffer = ReplayBuffer.fill(args.buffer_size, p0, spec.n_classes, per_class=per_class(args),
-                                   host=generator("cpu", args.seed, "fill"),
-                                   generator=generator(device, args.seed, "fill"))
+        buffer = ReplayBuffer.fill(args.buffer_size, p0, data.spec.n_classes,
+                                   per_class=per_class(args), host=generator("cpu", key, "fill"),
+                                   generator=generator(device, key, "fill"))
     if args.optimizer == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
                                     weight_decay=args.weight_decay)
     else:
         optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
-    origin = {"init": args.init, "dataset": args.dataset, "n_valid": args.n_valid,
-              "n_train": len(images.y), "train_sha256": images.digest()}
-    return checkpoint.State(model, optimizer, buffer, origin), data, p0, valid, test
+    return checkpoint.State(model, optimizer, buffer, origin)
 
 
 def main(argv=None):
@@ -271,22 +284,35 @@ def main(argv=None):
     run_dir = Path(args.run_dir)
     checkpoint.check_run_dir(run_dir, args)
     device = cli.pick_device(args.device, args.num_threads)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
     state, data, p0, valid, test = build(args, device)
-    if (run_dir / "last.pt").exists():
-        checkpoint.restore(state, run_dir / "last.pt", args)
-        print(f"continuing {run_dir} after step {state.step}")
     run_dir.mkdir(parents=True, exist_ok=True)
+    with checkpoint.locked(run_dir):
+        return run(args, run_dir, state, data, p0, valid, test)
+
+
+def run(args, run_dir, state, data, p0, valid, test):
+    """Resume if there is something to resume, train, close the log; the exit code."""
+    saved = [path for path in (run_dir / "last.pt", run_dir / "good.pt") if path.exists()]
+    if saved:
+        checkpoint.restore(state, saved[0], args)
+        data.reseed(checkpoint.stream_key(args.seed, state.stream))
+        print(f"continuing {run_dir} after step {state.step}")
     records.write_json(run_dir / "args.json", vars(args))
-    header = {"args": vars(args), "env": records.environment(device),
+    header = {"args": vars(args), "env": records.environment(data.device),
               "steps_per_epoch": data.steps_per_epoch, "n_train": len(data.images.y),
               "n_valid": len(valid.y), "n_test": len(test.y),
               "parameters": sum(p.numel() for p in state.model.parameters())}
-    log = RunLog(run_dir, state.step, header)
+    log = RunLog(run_dir, state.step, header, state.log_lines)
     reason, detail = train(args, state, data, p0, valid, test, log, Stop(args.max_minutes))
     code = {"finished": cli.EXIT_OK, "max_steps": cli.EXIT_OK,
             "diverged": cli.EXIT_DIVERGED}.get(reason, cli.EXIT_STOPPED)
-    log.close(state.step, reason=reason, detail=detail, exit_code=code)
-    print(f"{reason} at step {state.step}{': ' if detail else ''}{detail} ({run_dir})")
+    log.close(state.step, reason=reason, detail=detail, exit_code=code,
+              rollbacks=state.rollbacks)
+    after = f" after {state.rollbacks} rollbacks" if state.rollbacks else ""
+    print(f"{reason} at step {state.step}{after}{': ' if detail else ''}{detail} ({run_dir})")
     return code
 
 

@@ -137,6 +137,7 @@ def test_divergence_ends_with_code_3_and_keeps_the_last_good_checkpoint(tmp_path
     argv = tiny(tmp_path, *flags, "--max_steps", "1")
     assert call(train_jempp.main, [*argv, "--optimizer", "adam"])[0] == 0
     good = (tmp_path / "last.pt").read_bytes()
+    flags += ["--on_divergence", "stop"]
     code, out, err = call(train_jempp.main, [*tiny(tmp_path, *flags), "--optimizer", "adam"])
     assert code == 3 and "diverged" in out
     end = read_jsonl(tmp_path / "train.jsonl")[-1]
@@ -157,7 +158,8 @@ def test_nan_is_seen_before_it_is_saved(tmp_path, call, monkeypatch, poison):
         return metrics
 
     monkeypatch.setattr(train_jempp, "train_step", poisoned)
-    code, out, err = call(train_jempp.main, tiny(tmp_path, "--ckpt_steps", "2", "--n_epochs", "1"))
+    code, out, err = call(train_jempp.main, tiny(tmp_path, "--ckpt_steps", "2", "--n_epochs", "1",
+                                                 "--on_divergence", "stop"))
     assert code == 3 and not (tmp_path / "last.pt").exists() and (tmp_path / "diverged.pt").exists()
 
 

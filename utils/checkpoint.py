@@ -5,11 +5,19 @@ buffer in full precision, what p_0 was estimated from, step and random seed. Fil
 ``weights_only=True``: a stranger's checkpoint cannot run code.
 """
 
+import errno
 import hashlib
 import json
 import platform
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: no lock there
+    fcntl = None
 
 import torch
 
@@ -20,10 +28,12 @@ from utils.records import replacing
 from utils.torch_files import one_line, read
 
 FORMAT = "jempp-1"
-KEYS = {"model", "config", "buffer", "p0", "step", "epoch", "best", "args", "rng", "versions"}
+KEYS = {"model", "config", "buffer", "p0", "step", "epoch", "best", "args", "rng", "versions",
+        "lr_factor", "guard", "log_lines", "sha256"}
 # Flags that only say how far, how often or on what to run; a resumed run may change them.
 FREE = {"max_steps", "max_minutes", "ckpt_steps", "print_every", "n_epochs", "keep_every",
-        "num_threads", "run_dir", "data_root", "download", "device", "dry_run"}
+        "on_divergence", "max_rollbacks", "num_threads", "run_dir", "data_root", "download",
+        "device", "dry_run"}
 
 
 @dataclass
@@ -37,20 +47,62 @@ class State:
     p0: dict
     step: int = 0
     best: float = -1.0
+    stream: int = 0  # which random stream: one more after each rollback
+    lr_factor: float = 1.0  # what rollbacks have made of the learning rate
+    guard: dict = field(default_factory=dict)
+    log_lines: int = 0  # of train.jsonl when this was saved
+    saved_at: int = 0  # step of last.pt
+
+    @property
+    def rollbacks(self):
+        return self.stream
 
 
-def save(path, state, args, epoch, *, resumable=True):
-    """Write ``state``; without ``resumable`` the optimiser is left out (best.pt)."""
+def stream_key(seed, stream):
+    """What random streams are seeded by: the seed, and after rollbacks their number as well."""
+    return seed if stream == 0 else f"{seed}.{stream}"
+
+
+def save(path, state, args, epoch, *, resumable=True, keep_as=None):
+    """Write ``state``; without ``resumable`` the optimiser is left out (best.pt). ``keep_as``: the
+    name that the file which stood there goes on under."""
     content = {
         "format": FORMAT, "model": state.model.state_dict(), "config": dict(state.model.config),
         "buffer": None if state.buffer is None else state.buffer.images, "p0": state.p0,
         "step": state.step, "epoch": epoch, "best": state.best, "args": jsonable(vars(args)),
-        "rng": {"seed": args.seed, "step": state.step},  # every stream is a function of the two
+        # every random number is a function of these three
+        "rng": {"seed": args.seed, "stream": state.stream, "step": state.step},
+        "lr_factor": state.lr_factor, "guard": state.guard, "log_lines": state.log_lines,
         "versions": {"torch": str(torch.__version__), "python": platform.python_version()}}
     if resumable:
         content["optimizer"] = state.optimizer.state_dict()
-    with replacing(path) as file:
-        torch.save(content, file)
+    content["sha256"] = digest(content)
+    with replacing(path, keep_as=keep_as) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(errno.EIO, f"cannot be written [{one_line(error)}]", str(path)) from error
+
+
+def tensors(value, name=""):
+    """(name, tensor) of every tensor in nested dictionaries and lists, names in sorted order."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key in sorted(value, key=str):
+            yield from tensors(value[key], f"{name}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for key, part in enumerate(value):
+            yield from tensors(part, f"{name}/{key}")
+
+
+def digest(content):
+    """SHA-256 over names, types, shapes and values of all tensors."""
+    sha = hashlib.sha256()
+    for name, tensor in tensors({k: v for k, v in content.items() if k != "sha256"}):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def check(content, path):
@@ -59,7 +111,38 @@ def check(content, path):
         raise InputError(f"{path} is not a checkpoint of this code")
     if missing := KEYS - content.keys():
         raise InputError(f"{path} lacks {', '.join(sorted(missing))}")
+    for name, tensor in tensors(content):  # a view of few bytes can pretend to be of any size
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise InputError(f"{path} is refused: {name} is larger than what is stored of it")
+    try:
+        same = digest(content) == content["sha256"]
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path} holds tensors of a kind that is never saved "
+                         f"[{one_line(error)}]") from error
+    if not same:
+        raise InputError(f"{path} is damaged: its tensors are not those that were saved")
     return content
+
+
+@contextmanager
+def locked(run_dir):
+    """Hold RUN/.lock, so that no second process writes to the folder; InputError if one does.
+    What a killed process left half written is cleared away."""
+    with open(Path(run_dir) / ".lock", "a") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise InputError(f"another process is using {run_dir}: wait for it, or choose "
+                                 "another --run_dir") from error
+        for partial in Path(run_dir).rglob(".*.partial"):
+            partial.unlink(missing_ok=True)
+        yield
+
+
+def step_of(path):
+    """After which step a checkpoint of ours was saved."""
+    return check(read(path), path)["step"]
 
 
 class Opened(NamedTuple):
@@ -88,6 +171,7 @@ def open_any(path):
     else:
         content = check(content, path)
         try:
+            check_config(content["config"])
             model = JEM.wide_resnet(**content["config"])
             model.load_state_dict(content["model"])
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -97,13 +181,22 @@ def open_any(path):
         step, epoch = content["step"], content["epoch"]
     if not all_finite([*model.state_dict().values()]):
         raise InputError(f"{path}: its weights are not all finite numbers")
+    if buffer is not None and not (isinstance(buffer, torch.Tensor) and buffer.dim() == 4
+                                   and buffer.shape[1] == 3 and buffer.is_floating_point()):
+        raise InputError(f"{path}: its replay buffer is no image tensor [n, 3, H, W]")
     return Opened(str(path), sha256, model, buffer, args, step, epoch)
+
+
+def check_config(config):
+    """ValueError for a network beyond all use, before memory is taken for it."""
+    if not (config["depth"] <= 1000 and config["width"] <= 100 and config["n_classes"] <= 100_000):
+        raise ValueError(f"no network of this size is evaluated: {config}")
 
 
 def all_finite(tensors):
     """Whether no tensor holds a NaN or an infinity."""
-    tensors = [t for t in tensors if t.is_floating_point()]
-    return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())
+    finite = [torch.isfinite(t).all() for t in tensors if t.is_floating_point()]
+    return bool(torch.stack(finite).all())
 
 
 def is_finite(state):
@@ -126,6 +219,9 @@ def restore(state, path, args):
         if state.buffer is not None:
             state.buffer.images.copy_(content["buffer"])
         state.step, state.best = content["step"], content["best"]
+        state.stream, state.lr_factor = content["rng"]["stream"], content["lr_factor"]
+        state.guard, state.log_lines = dict(content["guard"]), content["log_lines"]
+        state.saved_at = state.step
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} does not fit this run [{one_line(error)}]") from error
 

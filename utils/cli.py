@@ -165,6 +165,19 @@ def add_train_flags(p):
                    help="save last.pt every K steps besides every epoch")
     g.add_argument("--print_every", type=POSITIVE, default=100, help="steps between records")
     g.add_argument("--eval_every", type=POSITIVE, default=1, help="epochs between evaluations")
+    g.add_argument("--on_divergence", choices=("rollback", "stop"), default="rollback",
+                   help="go back to the last good checkpoint with other random numbers, or stop")
+    g.add_argument("--max_rollbacks", type=NATURAL, default=3, help="after them: exit code 3")
+    g.add_argument("--rollback_lr_factor", type=number(float, high=1, above=0), default=1.0,
+                   help="multiply the learning rate by this at each rollback")
+    g.add_argument("--max_loss", type=number(float, above=0), default=1e8,
+                   help="a larger |loss| counts as divergence (released: 1e8)")
+    g.add_argument("--max_gap", type=number(float, above=0), default=1000.0,
+                   help="a larger |E(x+) - E(x-)| counts as divergence")
+    g.add_argument("--good_after", type=NATURAL, default=100, metavar="STEPS",
+                   help="a checkpoint is good to go back to once the run survived it so long")
+    g.add_argument("--check_every", type=POSITIVE, default=10, metavar="STEPS",
+                   help="on a GPU, steps between looks at the device (CPU: every step)")
     g.add_argument("--keep_every", type=POSITIVE, default=None, metavar="K",
                    help="also keep epoch_NNNN.pt every K epochs, to evaluate (Fig. 6)")
     g.add_argument("--dry_run", action="store_true", help="print the resolved options and stop")
@@ -174,6 +187,8 @@ def add_device_flags(p):
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: cuda if there)")
     g.add_argument("--num_threads", type=NATURAL, default=0, help="CPU threads, 0 = all cores")
+    g.add_argument("--deterministic", action=FLAG, default=False,
+                   help="on a GPU, same bits for the same seed (a CPU's are anyway); slower")
     g.add_argument("--channels_last", action=FLAG, default=True,
                    help="memory layout of images and weights; changes rounding only")
 

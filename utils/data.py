@@ -172,6 +172,10 @@ class TrainData:
         self.device, self.steps_per_epoch = images.x.device, len(images.y) // batch_size
         self.orders = {}
 
+    def reseed(self, seed):
+        """Other epoch orders, crops and noise from here on (after a rollback)."""
+        self.seed, self.orders = seed, {}
+
     def indices(self, stream, step):
         """The images of ``step`` in the epoch order of ``stream``."""
         epoch, position = divmod(step, self.steps_per_epoch)

@@ -18,8 +18,11 @@ TRAINING = ("dataset", "depth", "width", "norm", "batch_size", "n_epochs", "n_tr
 
 
 @contextmanager
-def replacing(path, mode="wb"):
-    """Open a temporary file that becomes ``path`` when the block ends well, and vanishes if not."""
+def replacing(path, mode="wb", keep_as=None):
+    """Open a temporary file that becomes ``path`` when the block ends well, and vanishes if not.
+
+    ``keep_as`` is the name that the file which stood there goes on under.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -27,9 +30,22 @@ def replacing(path, mode="wb"):
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if keep_as and path.exists():
+            path.replace(path.with_name(keep_as))
         partial.replace(path)
+        sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder):
+    """Make renames in ``folder`` last through a power cut, where the system lets one."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_json(path, value):

@@ -11,20 +11,19 @@ from utils import plots, records
 class RunLog:
     """``RUN/train.jsonl`` (header, steps, evaluations, one closing line), scalars and grids.
 
-    A resumed run cuts off what was recorded after the step it resumes from, so that the file reads
-    as if the run had never stopped; a ``resume`` line says that it did.
+    A resumed run keeps the ``n_kept`` lines that its checkpoint knows of and cuts off what came
+    after, so that the file reads as if the run had never stopped; a ``resume`` line says that it
+    did. Rollbacks are not cut off: what was lost by one stays on record.
     """
 
-    def __init__(self, run_dir, first_step, header):
+    def __init__(self, run_dir, first_step, header, n_kept=0):
         self.dir = Path(run_dir)
         self.file = self.dir / "train.jsonl"
-        kept = []
-        if first_step:
-            kept = [r for r in records.read_jsonl(self.file)
-                    if r["kind"] != "end" and r.get("step", 0) <= first_step]
+        kept = records.read_jsonl(self.file)[:n_kept] if n_kept else []
         opening = {"kind": "resume" if kept else "header", "step": first_step, **header,
                    "time": records.now()}
         records.write_jsonl(self.file, [*kept, opening])
+        self.lines = len(kept) + 1
         (self.dir / "samples").mkdir(exist_ok=True)
         self.board = SummaryWriter(self.dir, purge_step=first_step + 1)
         self.since = time.monotonic(), first_step
@@ -32,6 +31,7 @@ class RunLog:
     def write(self, kind, step, **values):
         """One record, and its numbers as TensorBoard scalars."""
         records.append_jsonl(self.file, {"kind": kind, "step": step, **values})
+        self.lines += 1
         for name, value in values.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 self.board.add_scalar(f"{kind}/{name}", value, step)

@@ -14,20 +14,44 @@ def read(path):
     InputError, in one line, for a file that is missing, cut short, damaged, of another kind, or
     that holds anything but tensors and plain values (``weights_only=True``).
     """
+    check_zip(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"no checkpoint {path}") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder: name a checkpoint file in it") from None
+    except PermissionError:
+        raise InputError(f"{path} may not be read: permission denied") from None
     except pickle.UnpicklingError as error:
         unsafe = "Unsupported global" in str(error) or "weights_only" in str(error)
         reason = "it holds more than tensors and plain values" if unsafe else one_line(error)
         raise InputError(f"{path} is refused: {reason}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError,
-            OverflowError, MemoryError, zipfile.BadZipFile) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError,
+            IndexError, OverflowError, MemoryError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read as a checkpoint: it is cut short, damaged or of "
                          f"another kind [{one_line(error)}]") from error
+
+
+def check_zip(path):
+    """InputError for a damaged or suspicious archive. torch checks no checksums, and a compressed
+    entry (torch writes none) may grow without bound as it is read."""
+    if not zipfile.is_zipfile(path):
+        return  # the format before torch 1.6, or no checkpoint at all: torch.load tells
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if len({entry.filename for entry in entries}) < len(entries):
+                raise InputError(f"{path} is refused: two entries of one name")
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise InputError(f"{path} is refused: compressed entries, which torch never writes")
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, NotImplementedError,
+            EOFError) as error:
+        raise InputError(f"{path} cannot be read as a checkpoint: it is cut short or damaged "
+                         f"[{one_line(error)}]") from error
+    if damaged:
+        raise InputError(f"{path} cannot be read as a checkpoint: {damaged} in it is damaged")
 
 
 def one_line(error, length=160):
