@@ -45,8 +45,9 @@ train() {
     if ended "$run" diverged; then return 1; fi
     if ! ended "$run" finished; then
         echo "== $run"
-        python train_jempp.py --data_root "$DATA" --run_dir "$RUNS/$run" --seed "$SEED" "$@" \
-            "${SIZE[@]}" ${WORDS[@]+"${WORDS[@]}"} || code=$?
+        # a table shows what diverges: --on_divergence stop, not the default's rollback
+        python train_jempp.py --data_root "$DATA" --run_dir "$RUNS/$run" --seed "$SEED" \
+            --on_divergence stop "$@" "${SIZE[@]}" ${WORDS[@]+"${WORDS[@]}"} || code=$?
         case $code in 0) ;; 3) return 1 ;; *) exit $code ;; esac
         ended "$run" finished || exit 75  # --max_steps among the words: run again to go on
     fi

@@ -16,7 +16,11 @@ def read(path):
     """
     check_zip(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        for name, tensor in tensors(content):  # a view of few bytes can pretend to be of any size
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise InputError(f"{path} is refused: {name} is larger than what is stored of it")
+        return content
     except FileNotFoundError:
         raise InputError(f"no checkpoint {path}") from None
     except IsADirectoryError:
@@ -31,6 +35,18 @@ def read(path):
             IndexError, OverflowError, MemoryError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read as a checkpoint: it is cut short, damaged or of "
                          f"another kind [{one_line(error)}]") from error
+
+
+def tensors(value, name=""):
+    """(name, tensor) of every tensor in nested dictionaries and lists, names in sorted order."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key in sorted(value, key=str):
+            yield from tensors(value[key], f"{name}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for key, part in enumerate(value):
+            yield from tensors(part, f"{name}/{key}")
 
 
 def check_zip(path):
