@@ -18,7 +18,8 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox would insist on 
 
 import train_jempp
 from utils import checkpoint, cli, ood, plots, records
-from utils.evaluations import EVALUATIONS, Output, Subject, skip
+from utils.evaluations import EVALUATIONS, skip
+from utils.subject import Output, Subject
 
 MACHINE = {"device", "num_threads", "channels_last", "data_root", "download"}
 

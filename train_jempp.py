@@ -8,25 +8,23 @@ The same command again continues the run. Exit codes: 0 finished, 2 bad input, 3
 75 stopped early with its state saved (run again to go on).
 """
 
-import math
 import os
-import signal
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from models import JEM, energy
-from samplers import ClassGaussians, ReplayBuffer, UniformInit, make_sampler
+from models import energy
+from samplers import make_sampler
 from utils import checkpoint, cli, records
-from utils.data import SPECS, TrainData, load_splits
-from utils.guard import Guard, fetch, roll_back, save_last
+from utils.build import build, new_state, per_class
+from utils.data import SPECS
+from utils.guard import Guard, Stop, fetch, roll_back, save_last
 from utils.inference import accuracy
 from utils.robustness import adversarial_batch, ball_radius
 from utils.run_log import RunLog
-from utils.seeding import generator, seed_step
+from utils.seeding import seed_step
 
 
 def parse_args(argv=None):
@@ -59,11 +57,6 @@ def resolve(args):
     if per_class(args) and args.buffer_size < spec.n_classes:
         raise cli.InputError(f"chains per class need a --buffer_size of at least {spec.n_classes}")
     return args
-
-
-def per_class(args):
-    """Whether any chain is drawn for a given class."""
-    return args.class_cond_p_x_sample or args.p_x_y_weight > 0
 
 
 def learning_rate(step, epoch, args):
@@ -150,22 +143,6 @@ def train_step(args, state, draw, data, p0):
     return metrics
 
 
-class Stop:
-    """Why to stop early: SIGTERM, SIGINT or --max_minutes. A second signal quits at once."""
-
-    def __init__(self, max_minutes):
-        self.why, self.deadline = None, time.monotonic() + 60 * (max_minutes or math.inf)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
-
-    def on_signal(self, number, frame):
-        self.why = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
-
-    def reason(self):
-        return self.why or ("max_minutes" if time.monotonic() > self.deadline else None)
-
-
 def train(args, state, data, p0, valid, test, log, stop):
     """The loop. Returns (reason, detail) of its end; RUN/last.pt then holds the last good state."""
     draw, run_dir, guard = make_sampler(args), Path(args.run_dir), Guard(args, data.spec.n_classes)
@@ -236,44 +213,6 @@ def evaluate(args, state, epoch, valid, test, means, log):
     parts = [f"{k} {100 * v:.2f} %" for k, v in scores.items() if v is not None]
     parts += [f"{k} {v:.3f}" for k, v in means.items() if k.startswith("e_")]
     tqdm.write(f"epoch {epoch:3d}  {'  '.join(parts)}")
-
-
-def build(args, device):
-    """Everything the flags describe, fresh: (state, data, p0, valid, test), on ``device``."""
-    spec = SPECS[args.dataset]
-    images, valid, test = (split.to(device) for split in load_splits(
-        args.dataset, args.data_root, n_valid=args.n_valid, n_train=args.n_train,
-        download=args.download, size=args.image_size))
-    data = TrainData(images, spec, batch_size=args.batch_size, sigma=args.sigma, seed=args.seed,
-                     shared_batch=args.shared_batch)
-    if args.init == "informative":
-        p0 = ClassGaussians.fit(images.x, images.y, spec.n_classes)
-    else:
-        p0 = UniformInit(images.x.shape[1:], device)
-    origin = {"init": args.init, "dataset": args.dataset, "n_valid": args.n_valid,
-              "n_train": len(images.y), "train_sha256": images.digest()}
-    return new_state(args, data, p0, origin), data, p0, valid, test
-
-
-def new_state(args, data, p0, origin, stream=0):
-    """Weights, optimiser and replay buffer as a run begins with them."""
-    key, device = checkpoint.stream_key(args.seed, stream), data.device
-    torch.manual_seed(args.seed + stream)
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    model = JEM.wide_resnet(depth=args.depth, width=args.width, n_classes=data.spec.n_classes,
-                            norm=args.norm, bn_momentum=args.bn_momentum)
-    model = model.to(device, memory_format=layout).train()
-    buffer = None
-    if args.p_x_weight or args.p_x_y_weight:
-        buffer = ReplayBuffer.fill(args.buffer_size, p0, data.spec.n_classes,
-                                   per_class=per_class(args), host=generator("cpu", key, "fill"),
-                                   generator=generator(device, key, "fill"))
-    if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
-                                    weight_decay=args.weight_decay)
-    else:
-        optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
-    return checkpoint.State(model, optimizer, buffer, origin)
 
 
 def main(argv=None):

@@ -13,7 +13,7 @@ from test_official import FIXTURE, needs_fixture, released_file
 
 import eval_jempp
 import train_jempp
-from utils import calibration, evaluations, ood
+from utils import calibration, checkpoint, evaluations, ood, subject
 from utils.data import Images
 from utils.records import read_jsonl
 
@@ -146,7 +146,7 @@ def test_released_files_give_the_fixtures_numbers(tmp_path, call, monkeypatch, n
     y = logits.argmax(1)
     y[:3] = (y[:3] + 1) % 10  # 5 of 8 right
     images = Images(torch.from_numpy(theirs["x"]), torch.from_numpy(y))
-    monkeypatch.setattr(evaluations, "load_splits", lambda *a, **k: (images, images, images))
+    monkeypatch.setattr(subject, "load_splits", lambda *a, **k: (images, images, images))
     monkeypatch.setattr("utils.inference.to_pixels", lambda x: x)  # the fixture's x is no uint8
     monkeypatch.setattr("utils.evaluations.ood.out_images", lambda *a, **k: images.x)
     monkeypatch.setattr("utils.evaluations.ood.gradient_norm_score",
@@ -199,12 +199,14 @@ def broken(kind, run, folder):
     elif kind == "missing_key":
         content = torch.load(good, weights_only=True)
         content["model"].pop("trunk.head.bias")
+        content["sha256"] = checkpoint.digest(content)
         torch.save(content, path)
     elif kind == "released_missing_key":
         released_file(path, **{"f.layer3.0.conv2.weight": None})
     elif kind == "nan":
         content = torch.load(good, weights_only=True)
         content["model"]["stem.bias"][0] = float("nan")
+        content["sha256"] = checkpoint.digest(content)
         torch.save(content, path)
     elif kind == "folder":
         path.mkdir()
@@ -244,7 +246,7 @@ def test_a_bad_checkpoint_is_one_line_and_costs_no_record(
 def test_bad_flags_are_one_line_and_cost_no_record(run, tmp_path, call, flags, words, monkeypatch):
     if "cifar100" in flags:
         zeros = Images(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2).long())
-        monkeypatch.setattr(evaluations, "load_splits", lambda *a, **k: (zeros, zeros, zeros))
+        monkeypatch.setattr(subject, "load_splits", lambda *a, **k: (zeros, zeros, zeros))
     (tmp_path / "empty").mkdir()
     flags = [word.replace("EMPTY", str(tmp_path / "empty")) for word in flags]
     out = tmp_path / "out.jsonl"

@@ -1,6 +1,11 @@
-"""Has the run diverged? Judged every few steps, by scalars that the steps left on the device."""
+"""When a run has to stop or go back: divergence, signals, the time limit.
+
+Divergence is judged every few steps, by scalars that the steps left on the device.
+"""
 
 import math
+import signal
+import time
 from pathlib import Path
 
 import torch
@@ -84,3 +89,19 @@ def roll_back(step, cause, run_dir, state, args, fresh, log):
     log.write("rollback", step, to_step=state.step, cause=cause, rollbacks=stream)
     state.log_lines, state.saved_at = log.lines, state.step
     checkpoint.save(Path(run_dir) / "last.pt", state, args, None)
+
+
+class Stop:
+    """Why to stop early: SIGTERM, SIGINT or --max_minutes. A second signal quits at once."""
+
+    def __init__(self, max_minutes):
+        self.why, self.deadline = None, time.monotonic() + 60 * (max_minutes or math.inf)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        self.why = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+    def reason(self):
+        return self.why or ("max_minutes" if time.monotonic() > self.deadline else None)

@@ -1,0 +1,52 @@
+"""What a training run starts from, built from the flags."""
+
+import torch
+
+from models import JEM
+from samplers import ClassGaussians, ReplayBuffer, UniformInit
+from utils.checkpoint import State, stream_key
+from utils.data import SPECS, TrainData, load_splits
+from utils.seeding import generator
+
+
+def per_class(args):
+    """Whether any chain is drawn for a given class."""
+    return args.class_cond_p_x_sample or args.p_x_y_weight > 0
+
+
+def build(args, device):
+    """Everything the flags describe, fresh: (state, data, p0, valid, test), on ``device``."""
+    spec = SPECS[args.dataset]
+    images, valid, test = (split.to(device) for split in load_splits(
+        args.dataset, args.data_root, n_valid=args.n_valid, n_train=args.n_train,
+        download=args.download, size=args.image_size))
+    data = TrainData(images, spec, batch_size=args.batch_size, sigma=args.sigma, seed=args.seed,
+                     shared_batch=args.shared_batch)
+    if args.init == "informative":
+        p0 = ClassGaussians.fit(images.x, images.y, spec.n_classes)
+    else:
+        p0 = UniformInit(images.x.shape[1:], device)
+    origin = {"init": args.init, "dataset": args.dataset, "n_valid": args.n_valid,
+              "n_train": len(images.y), "train_sha256": images.digest()}
+    return new_state(args, data, p0, origin), data, p0, valid, test
+
+
+def new_state(args, data, p0, origin, stream=0):
+    """Weights, optimiser and replay buffer as a run begins with them."""
+    key, device = stream_key(args.seed, stream), data.device
+    torch.manual_seed(args.seed + stream)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    model = JEM.wide_resnet(depth=args.depth, width=args.width, n_classes=data.spec.n_classes,
+                            norm=args.norm, bn_momentum=args.bn_momentum)
+    model = model.to(device, memory_format=layout).train()
+    buffer = None
+    if args.p_x_weight or args.p_x_y_weight:
+        buffer = ReplayBuffer.fill(args.buffer_size, p0, data.spec.n_classes,
+                                   per_class=per_class(args), host=generator("cpu", key, "fill"),
+                                   generator=generator(device, key, "fill"))
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
+                                    weight_decay=args.weight_decay)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    return State(model, optimizer, buffer, origin)

@@ -1,0 +1,140 @@
+"""A checkpoint under evaluation: its network, settings, data and chains, and where output goes."""
+
+import argparse
+import copy
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from samplers import ClassGaussians, UniformInit, make_sampler
+from utils import plots
+from utils.checkpoint import Opened
+from utils.cli import InputError, Unavailable
+from utils.data import SPECS, Images, load_splits
+from utils.inference import predict
+from utils.records import replacing
+from utils.seeding import seed_step
+
+
+class Output(NamedTuple):
+    """Where raw scores and pictures go: beside the results file, named after the checkpoint."""
+
+    folder: Path
+    stem: str
+
+    def npz(self, name, **arrays):
+        with replacing(self.folder / f"{self.stem}_{name}.npz") as file:
+            np.savez_compressed(file, **arrays)
+
+    def figure(self, name, figure):
+        plots.save_figure(self.folder / f"{self.stem}_{name}.png", figure)
+
+
+@dataclass
+class Subject:
+    """A checkpoint under evaluation: its file, the settings in force, its data when asked for."""
+
+    opened: Opened
+    args: argparse.Namespace
+    label: str
+    device: torch.device
+    model: torch.nn.Module = field(init=False)
+
+    def __post_init__(self):
+        self.model = self.opened.model.to(self.device).eval()
+
+    @functools.cached_property
+    def splits(self):
+        """{train, valid, test} as Images on the device."""
+        a = self.args
+        parts = load_splits(a.dataset, a.data_root, n_valid=a.n_valid, n_train=a.n_train,
+                            download=a.download, size=a.image_size)
+        n_classes = self.model.config["n_classes"]
+        if SPECS[a.dataset].n_classes != n_classes:
+            raise InputError(f"{self.label} knows {n_classes} classes, {a.dataset} has "
+                             f"{SPECS[a.dataset].n_classes}: choose another --dataset")
+        return dict(zip(("train", "valid", "test"), (p.to(self.device) for p in parts),
+                        strict=True))
+
+    def images(self, split="test", limit=None):
+        """The first ``limit`` images of a split (None: all)."""
+        images = self.splits[split]
+        if limit is not None and limit > len(images.y):
+            raise InputError(f"{limit} images were asked for, the {split} split of "
+                             f"{self.args.dataset} has {len(images.y)}")
+        return images if limit is None else Images(images.x[:limit], images.y[:limit])
+
+    def logits(self, split="test", limit=None, sigma=0.0):
+        """Logits float64 [n, K] on the CPU, and labels."""
+        images = self.images(split, limit)
+        if not len(images.y):
+            raise InputError(f"the {split} split is empty (--n_valid 0)")
+        logits = predict(self.model, images.x, self.args.batch_size, sigma, self.args.seed)
+        if not torch.isfinite(logits).all():
+            raise InputError(f"{self.label}: logits of the {split} split are not finite")
+        return logits.double().cpu(), images.y.cpu()
+
+    @functools.cached_property
+    def p0(self):
+        """Where fresh chains start, from the training images as in training."""
+        if self.args.init == "uniform":
+            size = self.args.image_size
+            return UniformInit((3, size, size), self.device)
+        train = self.splits["train"]
+        return ClassGaussians.fit(train.x, train.y, self.model.config["n_classes"])
+
+    def buffer(self):
+        """The replay buffer [n, 3, H, W] in [-1, 1]; InputError where the file has none."""
+        buffer = self.opened.buffer
+        if buffer is None:
+            raise Unavailable(f"{self.label} holds no replay buffer: sample afresh with "
+                              "--source scratch")
+        if not torch.isfinite(buffer).all():
+            raise InputError(f"{self.label}: its replay buffer is not finite")
+        return buffer.float()
+
+    def chains(self, n, y=None, snapshots=1):
+        """Fresh chains: a list of x [n, 3, H, W] (CPU) at 0, 1/s, ..., 1 of --chain_steps.
+
+        The training sampler, --n_steps swapped for --chain_steps, in the training mode of batch
+        norm: a chain's batch decides its statistics, so the batch size is part of the protocol.
+        Batch b depends on (seed, b). The evaluated network's running statistics stay untouched.
+        """
+        a = self.args
+        model = copy.deepcopy(self.model).train(a.sample_mode == "train")
+        each = [len(p) for p in torch.arange(a.chain_steps).tensor_split(snapshots)]
+        draws = [make_sampler(argparse.Namespace(**vars(a) | {"n_steps": k})) for k in each]
+        collected = [[] for _ in range(snapshots + 1)]
+        for batch, indices in enumerate(torch.arange(n).split(a.chain_batch)):
+            streams = seed_step(a.seed, batch, "evaluation", self.device)
+            labels = None if y is None else y[indices]
+            x = self.p0.sample(len(indices), labels, host=streams.host, generator=streams.device)
+            labels = None if labels is None else labels.to(self.device)
+            collected[0].append(x.cpu())
+            for draw, into in zip(draws, collected[1:], strict=True):
+                x = draw(model, x, y=labels, generator=streams.device)
+                into.append(x.cpu())
+        return [torch.cat(parts) for parts in collected]
+
+    def generated(self):
+        """Images to judge, uint8 [n, 3, H, W] on the CPU, and the protocol words of their origin:
+        --source buffer (all of it, or its first --n_samples) or scratch."""
+        a = self.args
+        if a.source == "buffer":
+            x = self.buffer()
+            if a.n_samples is not None and a.n_samples > len(x):
+                raise InputError(f"--n_samples {a.n_samples}: the buffer holds {len(x)} images")
+            return plots.to_uint8(x[:a.n_samples]), {"source": "buffer"}
+        x = self.chains(a.n_samples or 1000)[-1]
+        if not torch.isfinite(x).all():
+            raise InputError(f"{self.label}: its chains run off to infinity")
+        return plots.to_uint8(x), {"source": "scratch", "chain_steps": a.chain_steps,
+                                   "chain_batch": a.chain_batch, "init": a.init,
+                                   "mode": a.sample_mode}
+
+    def title(self, words, n):
+        return f"{words}\n{self.label}, {self.args.dataset}, n = {n}"
