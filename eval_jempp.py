@@ -99,8 +99,8 @@ def settings_of(opened, own, typed):
         raise cli.InputError(f"{opened.path} is a released file, which does not say what it was "
                              "trained on: type --dataset")
     if opened.args is None:
-        print(f"{opened.path} holds no arguments: the paper's sampler settings are used where "
-              "none are typed" + ("" if opened.buffer is not None else "; it holds no buffer"))
+        cli.say(f"{opened.path} holds no arguments: the paper's sampler settings are used where "
+                "none are typed" + ("" if opened.buffer is not None else "; it holds no buffer"))
     saved = {k: float(v) if v in ("inf", "-inf") else v for k, v in (opened.args or {}).items()
              if k not in MACHINE}
     base = vars(train_jempp.parse_args(
@@ -112,13 +112,18 @@ def settings_of(opened, own, typed):
     for name in ("image_size", "n_valid"):  # typed as such, or not at all
         if getattr(merged, name) is None:
             setattr(merged, name, base[name])
+    saved_root = (opened.args or {}).get("data_root")
+    if "data_root" not in typed and isinstance(saved_root, str) and Path(saved_root).is_dir():
+        merged.data_root = saved_root
+    cli.check_sampler(merged)
     return merged
 
 
 def overrides_of(opened, typed):
     """What was typed against the checkpoint, for the record."""
     saved = opened.args or {}
-    return {k: v for k, v in typed.items() if k not in MACHINE and saved.get(k) != v}
+    return {k: v for k, v in typed.items()
+            if k not in MACHINE and saved.get(k) != cli.jsonable(v)}
 
 
 def method_of(opened, own):
@@ -128,9 +133,9 @@ def method_of(opened, own):
     a = opened.args
     if a is None:
         return "released file"
-    if not a["p_x_weight"] and not a["p_x_y_weight"]:
+    if not a.get("p_x_weight") and not a.get("p_x_y_weight"):
         return "softmax"
-    return f"jempp M={a['n_steps']}" if a["in_steps"] else f"jem K={a['n_steps']}"
+    return f"{'jempp M' if a.get('in_steps') else 'jem K'}={a.get('n_steps')}"
 
 
 def training_of(opened):
@@ -144,7 +149,16 @@ def training_of(opened):
 def label_of(path):
     """runs/quickstart/best.pt -> quickstart-best"""
     path = Path(os.path.abspath(path))
-    return f"{path.parent.name}-{path.stem}"
+    return os.fsencode(f"{path.parent.name}-{path.stem}").decode(errors="replace")
+
+
+def unique(names):
+    """``names`` with -2, -3, ... behind those that stood there before: they name files."""
+    seen, result = {}, []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        result.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return result
 
 
 def main(argv=None):
@@ -155,17 +169,19 @@ def main(argv=None):
     results = Path(own.results or Path(own.load_path[0]).parent / "eval" / "results.jsonl")
     records.read_jsonl(results)  # a file of another kind is not appended to
     device = cli.pick_device(typed.get("device", "auto"), typed.get("num_threads", 0))
-    labels = own.labels or [label_of(path) for path in own.load_path]
+    labels = unique(own.labels or [label_of(path) for path in own.load_path])
+    stems = unique([re.sub(r"[^\w.+=-]+", "_", label) for label in labels])
     subjects = []
     for path, label in zip(own.load_path, labels, strict=True):
         opened = checkpoint.open_any(path)
         subjects.append(Subject(opened, settings_of(opened, own, typed), label, device))
     env = records.environment(device)
     results.parent.mkdir(parents=True, exist_ok=True)
+    with open(results, "a"):  # what cannot be written is told before anything is measured
+        pass
     curves, measured, left_out = {}, False, None
     for name in own.eval:
-        for s in subjects:
-            stem = re.sub(r"[^\w.+=-]+", "_", s.label)
+        for s, stem in zip(subjects, stems, strict=True):
             started = time.monotonic()
             try:
                 for number in EVALUATIONS[name](s, Output(results.parent, stem)):
@@ -183,7 +199,7 @@ def main(argv=None):
             f"Accuracy under attack, n = {n}"))
     if left_out and not measured:
         raise cli.InputError("nothing could be measured, for the reasons above")
-    print(f"records in {results}, pictures and raw scores beside it")
+    cli.say(f"records in {results}, pictures and raw scores beside it")
     return cli.EXIT_OK
 
 
@@ -201,8 +217,8 @@ def report(number, s, typed, own, env, seconds, results):
     shown = {k: v for k, v in number.protocol.items()
              if k in ("split", "score", "out", "attack", "norm", "eps", "eps_255", "source",
                       "selection", "reference")}
-    print(f"{s.label:24s} {number.metric:16s} {number.value:10.5g} {number.unit:9s} "
-          f"n={number.n:<6d} {' '.join(f'{k}={v}' for k, v in shown.items())}", flush=True)
+    cli.say(f"{s.label:24s} {number.metric:16s} {number.value:10.5g} {number.unit:9s} "
+            f"n={number.n:<6d} {' '.join(f'{k}={v}' for k, v in shown.items())}")
 
 
 def collect(curves, label, number):

@@ -48,10 +48,7 @@ def resolve(args):
     args.n_valid = spec.n_valid if args.n_valid is None else args.n_valid
     args.lr = args.lr or {"sgd": 0.1, "adam": 1e-4}[args.optimizer]
     args.adv_eps = args.adv_eps or {"linf": 8.0, "l2": 0.5}.get(args.adversarial)
-    if args.in_steps == 0 and args.sgld_lr == 0:
-        raise cli.InputError("--in_steps 0 is SGLD: give its step with --sgld_lr (JEM: 1)")
-    if args.in_steps and args.sgld_lr:
-        raise cli.InputError("--sgld_lr is the step of SGLD (--in_steps 0); PYLD's is --pyld_lr")
+    cli.check_sampler(args)
     if args.p_x_weight + args.p_y_given_x_weight + args.p_x_y_weight == 0:
         raise cli.InputError("all loss weights are 0: nothing to train")
     if per_class(args) and args.buffer_size < spec.n_classes:
@@ -176,8 +173,9 @@ def train(args, state, data, p0, valid, test, log, stop):
             roll_back(*trouble, run_dir, state, args,
                       lambda stream: new_state(args, data, p0, state.p0, stream), log)
             data.reseed(checkpoint.stream_key(args.seed, state.stream))
-            tqdm.write(f"step {trouble[0]}: {trouble[1]}: back to step {state.step} with other "
-                       f"random numbers (rollback {state.rollbacks} of {args.max_rollbacks})")
+            bar.clear()
+            cli.say(f"step {trouble[0]}: {trouble[1]}: back to step {state.step} with other "
+                    f"random numbers (rollback {state.rollbacks} of {args.max_rollbacks})")
             rows.clear()
             bar.n = state.step
             continue
@@ -194,7 +192,7 @@ def train(args, state, data, p0, valid, test, log, stop):
         if saving:
             save_last(run_dir, state, args, epoch, log)
             log.start_clock(state.step)
-        if stopping:
+        if stopping and state.step < total:
             return stopping, "state saved; the same command goes on"
     return ("finished", "") if state.step >= last else ("max_steps", "")
 
@@ -206,13 +204,13 @@ def evaluate(args, state, epoch, valid, test, means, log):
               "test_accuracy": accuracy(state.model, test)}
     log.write("eval", state.step, epoch=epoch, **scores)
     if state.buffer is not None:
-        log.samples(f"epoch_{epoch:04d}", state.buffer.images[:100], state.step)
+        log.samples(f"epoch_{epoch:04d}", state.buffer.spread(100), state.step)
     if scores["valid_accuracy"] is None or scores["valid_accuracy"] > state.best:
         state.best = scores["valid_accuracy"] or -1.0
         checkpoint.save(Path(args.run_dir) / "best.pt", state, args, epoch, resumable=False)
     parts = [f"{k} {100 * v:.2f} %" for k, v in scores.items() if v is not None]
     parts += [f"{k} {v:.3f}" for k, v in means.items() if k.startswith("e_")]
-    tqdm.write(f"epoch {epoch:3d}  {'  '.join(parts)}")
+    cli.say(f"epoch {epoch:3d}  {'  '.join(parts)}")
 
 
 def main(argv=None):
@@ -238,7 +236,7 @@ def run(args, run_dir, state, data, p0, valid, test):
     if saved:
         checkpoint.restore(state, saved[0], args)
         data.reseed(checkpoint.stream_key(args.seed, state.stream))
-        print(f"continuing {run_dir} after step {state.step}")
+        cli.say(f"continuing {run_dir} after step {state.step}")
     records.write_json(run_dir / "args.json", vars(args))
     header = {"args": vars(args), "env": records.environment(data.device),
               "steps_per_epoch": data.steps_per_epoch, "n_train": len(data.images.y),
@@ -251,7 +249,7 @@ def run(args, run_dir, state, data, p0, valid, test):
     log.close(state.step, reason=reason, detail=detail, exit_code=code,
               rollbacks=state.rollbacks)
     after = f" after {state.rollbacks} rollbacks" if state.rollbacks else ""
-    print(f"{reason} at step {state.step}{after}{': ' if detail else ''}{detail} ({run_dir})")
+    cli.say(f"{reason} at step {state.step}{after}{': ' if detail else ''}{detail} ({run_dir})")
     return code
 
 

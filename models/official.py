@@ -81,10 +81,10 @@ def convert(content):
         raise InputError("no dictionary of tensors")
     named = {our_name(key): tensor for key, tensor in state.items()}
     named.pop(None, None)
-    model = JEM.wide_resnet(**network_of(named))
     try:
+        model = JEM.wide_resnet(**network_of(named))
         model.load_state_dict(named)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise InputError(one_line(error, 200)) from error
     buffer = content.get("replay_buffer") if "model_state_dict" in content else None
     if isinstance(buffer, torch.Tensor) and buffer.numel() == 0:

@@ -13,6 +13,7 @@ from test_official import FIXTURE, needs_fixture, released_file
 
 import eval_jempp
 import train_jempp
+from samplers import pyld_collapsed
 from utils import calibration, checkpoint, evaluations, ood, subject
 from utils.data import Images
 from utils.records import read_jsonl
@@ -255,3 +256,62 @@ def test_bad_flags_are_one_line_and_cost_no_record(run, tmp_path, call, flags, w
                                              out, *flags])
     assert code == 2 and words in err.strip().splitlines()[-1] and "Traceback" not in err
     assert read_jsonl(out) == [{"metric": "earlier"}]
+
+
+def test_chains_are_drawn_in_the_training_mode_of_batch_norm(run):
+    """Chains equal the sampler's own on a network in train mode, not those of eval mode."""
+    own, typed = eval_jempp.parse_args(["--load_path", str(run / "joint" / "last.pt"), "--eval",
+                                        "samples", *QUICK])
+    opened = checkpoint.open_any(own.load_path[0])
+    s = subject.Subject(opened, eval_jempp.settings_of(opened, own, typed), "m",
+                        torch.device("cpu"))
+    start, end = s.chains(12)
+    for training in (True, False):
+        model = checkpoint.open_any(own.load_path[0]).model.train(training)
+        direct = pyld_collapsed(model, start, n_outer=3, n_inner=5, step_size=0.2, clip=1.0)
+        assert torch.equal(direct, end) == training
+
+
+def test_a_buffer_in_class_order_is_judged_in_random_order(run):
+    own, typed = eval_jempp.parse_args(["--load_path", str(run / "joint" / "last.pt"), "--eval",
+                                        "fid", "--n_samples", "20", *QUICK])
+    opened = checkpoint.open_any(own.load_path[0])
+    opened.buffer[:] = (torch.arange(40) / 127.5 - 1)[:, None, None, None]  # slot i is grey i
+    s = subject.Subject(opened, eval_jempp.settings_of(opened, own, typed), "m",
+                        torch.device("cpu"))
+    x, _ = s.generated()
+    slots = x[:, 0, 0, 0].tolist()
+    assert len(set(slots)) == 20 and slots != sorted(slots) and max(slots) > 25
+
+
+def test_checkpoints_and_out_sets_of_one_name_are_told_apart(run, tmp_path, call):
+    out = tmp_path / "out.jsonl"
+    last = run / "joint" / "last.pt"
+    assert call(eval_jempp.main, ["--load_path", last, last, "--eval", "calibration", "--results",
+                                  out, *QUICK])[0] == 0
+    assert len(list(tmp_path.glob("*_calibration.npz"))) == 2
+    for name in ("f/same", "g/same"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / name / "a.png")
+    code, text, err = call(eval_jempp.main, [
+        "--load_path", last, "--eval", "ood", *QUICK, "--ood", f"folder:{tmp_path}/f/same",
+        f"folder:{tmp_path}/g/same"])
+    assert code == 2 and "same name" in err
+
+
+def test_a_results_file_keeps_what_it_holds(run, tmp_path, call):
+    argv = ["--load_path", run / "joint" / "last.pt", "--eval", "calibration", *QUICK]
+    whole = tmp_path / "whole.jsonl"
+    whole.write_text('{"metric": "earlier"}')  # whole, but without its newline
+    assert call(eval_jempp.main, [*argv, "--results", whole])[0] == 0
+    assert [r["metric"] for r in read_jsonl(whole)] == ["earlier", "ece", "ece_adaptive"]
+    notes = tmp_path / "notes.txt"
+    notes.write_text("my notes")
+    code, text, err = call(eval_jempp.main, [*argv, "--results", notes])
+    assert code == 2 and notes.read_text() == "my notes"
+
+
+def test_typed_sampler_flags_are_checked_like_in_training(run, tmp_path, call):
+    code, text, err = call(eval_jempp.main, [
+        "--load_path", run / "joint" / "last.pt", "--eval", "samples", *QUICK, "--in_steps", "0"])
+    assert code == 2 and "--sgld_lr" in err

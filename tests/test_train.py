@@ -276,3 +276,73 @@ def test_weights_of_the_three_log_likelihoods(monkeypatch):
     joint = (model.energy(x_lab, y_lab) - model.energy(x_neg, y_lab)).mean().item()
     expected = 0.5 * (metrics["e_pos"] - metrics["e_neg"]) + 2 * metrics["ce"] + 3 * joint
     assert metrics["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def sampled(flags, draw=None, y=None):
+    """One sample_negatives call on a fresh tiny state: (state, state dict before, x_neg)."""
+    args = train_jempp.parse_args([*TINY, *flags])
+    state, _, p0, _, _ = train_jempp.build(args, torch.device("cpu"))
+    before = {k: v.clone() for k, v in state.model.state_dict().items()}
+    streams = train_jempp.seed_step(1, 0, 0, "cpu")
+    x_neg = train_jempp.sample_negatives(state.model, draw or train_jempp.make_sampler(args),
+                                         state.buffer, p0, args, streams, y)
+    return state, before, x_neg
+
+
+@pytest.mark.parametrize("mode", ("train", "eval"))
+def test_sample_mode_decides_whether_chains_touch_the_running_statistics(mode):
+    state, before, _ = sampled(["--sample_mode", mode])
+    after = state.model.state_dict()
+    same = all(torch.equal(v, before[k]) for k, v in after.items() if "running" in k)
+    assert same == (mode == "eval") and state.model.training
+
+
+def test_chains_per_class_get_their_labels_and_slots_and_are_stored():
+    seen = {}
+
+    def draw(model, x_0, y, generator):
+        seen["y"] = y
+        return torch.zeros_like(x_0) + y[:, None, None, None]
+
+    y = torch.arange(16) % 10
+    state, _, _ = sampled(["--class_cond_p_x_sample"], draw, y)
+    assert torch.equal(seen["y"], y)
+    owner, value = torch.arange(40) * 10 // 40, state.buffer.images.mean((1, 2, 3))
+    stored = value == owner  # chain of class y put back as the constant y, into y's own block
+    assert stored.sum() >= 10 and set(owner[stored].tolist()) == set(range(10))
+
+
+def test_best_pt_is_chosen_by_validation_not_the_latest(tmp_path, call, monkeypatch):
+    scores = iter([0.5, 0.1, 0.9, 0.2, 0.7, 0.99])  # validation, test, in turn
+    monkeypatch.setattr(train_jempp, "accuracy", lambda model, images: next(scores))
+    assert call(train_jempp.main, tiny(tmp_path, "--n_epochs", "3"))[0] == 0
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["epoch"] == 2 and best["best"] == 0.9
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("sgd", {"lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 4e-4}),
+    ("adam", {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 4e-4})])
+def test_optimisers_are_the_released_ones(name, expected):
+    args = train_jempp.parse_args([*TINY, "--optimizer", name])
+    optimizer = train_jempp.build(args, torch.device("cpu"))[0].optimizer
+    assert {k: optimizer.defaults[k] for k in expected} == expected
+
+
+def test_kept_checkpoints(tmp_path, call):
+    assert call(train_jempp.main, tiny(tmp_path, "--n_epochs", "4", "--keep_every", "2"))[0] == 0
+    kept = sorted(p.name for p in tmp_path.glob("epoch_*.pt"))
+    assert kept == ["epoch_0002.pt", "epoch_0004.pt"]
+    assert torch.load(tmp_path / kept[0], weights_only=True)["step"] == 6
+
+
+def test_a_closed_pipe_does_not_end_a_run(tmp_path):
+    import subprocess
+    import sys
+
+    argv = [str(w) for w in tiny(tmp_path, "--n_epochs", "3")]
+    process = subprocess.Popen([sys.executable, "train_jempp.py", *argv], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait(120) == 0
+    assert read_jsonl(tmp_path / "train.jsonl")[-1]["reason"] == "finished"

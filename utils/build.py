@@ -5,6 +5,7 @@ import torch
 from models import JEM
 from samplers import ClassGaussians, ReplayBuffer, UniformInit
 from utils.checkpoint import State, stream_key
+from utils.cli import InputError
 from utils.data import SPECS, TrainData, load_splits
 from utils.seeding import generator
 
@@ -23,7 +24,10 @@ def build(args, device):
     data = TrainData(images, spec, batch_size=args.batch_size, sigma=args.sigma, seed=args.seed,
                      shared_batch=args.shared_batch)
     if args.init == "informative":
-        p0 = ClassGaussians.fit(images.x, images.y, spec.n_classes)
+        try:
+            p0 = ClassGaussians.fit(images.x, images.y, spec.n_classes)
+        except ValueError as error:  # --n_train left a class out
+            raise InputError(f"{error}: raise --n_train, or --init uniform") from error
     else:
         p0 = UniformInit(images.x.shape[1:], device)
     origin = {"init": args.init, "dataset": args.dataset, "n_valid": args.n_valid,
@@ -41,9 +45,10 @@ def new_state(args, data, p0, origin, stream=0):
     model = model.to(device, memory_format=layout).train()
     buffer = None
     if args.p_x_weight or args.p_x_y_weight:
-        buffer = ReplayBuffer.fill(args.buffer_size, p0, data.spec.n_classes,
-                                   per_class=per_class(args), host=generator("cpu", key, "fill"),
-                                   generator=generator(device, key, "fill"))
+        buffer = ReplayBuffer.fill(
+            args.buffer_size, p0, data.spec.n_classes, per_class=per_class(args),
+            host=generator("cpu", key, "fill", "host"),
+            generator=generator(device, key, "fill", "device"))
     if args.optimizer == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9,
                                     weight_decay=args.weight_decay)

@@ -99,6 +99,10 @@ def check(content, path):
         raise InputError(f"{path} is not a checkpoint of this code")
     if missing := KEYS - content.keys():
         raise InputError(f"{path} lacks {', '.join(sorted(missing))}")
+    types = {"model": dict, "config": dict, "args": dict, "p0": dict, "rng": dict, "guard": dict,
+             "step": int, "log_lines": int, "lr_factor": float, "best": float}
+    if wrong := [k for k, kind in types.items() if not isinstance(content[k], kind)]:
+        raise InputError(f"{path}: {', '.join(wrong)} of the wrong type")
     try:
         same = digest(content) == content["sha256"]
     except (TypeError, RuntimeError, ValueError) as error:

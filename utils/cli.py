@@ -30,8 +30,17 @@ def run(main):
         print(f"{program}: error: {error}", file=sys.stderr)
         code = EXIT_INPUT
     except BrokenPipeError:  # whoever read our output has read enough, as in "... | head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_OK
+        mute()
+        code = 128 + 13  # as a shell reports SIGPIPE
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; the same command starts over or goes on", file=sys.stderr)
+        code = EXIT_STOPPED
+    except RuntimeError as error:
+        if not ("allocate" in str(error) or "out of memory" in str(error)):
+            raise
+        print(f"{program}: error: not enough memory: {str(error).splitlines()[0][:160]}",
+              file=sys.stderr)
+        code = EXIT_INPUT
     except OSError as error:
         if error.errno is None:
             raise
@@ -41,14 +50,30 @@ def run(main):
     sys.exit(code)
 
 
-def number(kind, low=-math.inf, high=math.inf, *, above=None):
-    """An argparse type: a finite ``kind`` in [low, high], or strictly above ``above``."""
+def say(message):
+    """Print a line for whoever is watching; work goes on when nobody is any more."""
+    try:
+        print(message, flush=True)
+    except BrokenPipeError:
+        mute()
+
+
+def mute():
+    """Send standard output nowhere from here on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def number(kind, low=-math.inf, high=math.inf, *, above=None, finite=True):
+    """An argparse type: a ``kind`` in [low, high] or strictly above ``above``; infinity only where
+    ``finite`` is False, NaN never."""
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+        if finite and math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
         if math.isnan(value) or not low <= value <= high or (above is not None and value <= above):
             bounds = f"> {above}" if above is not None else f"in [{low}, {high}]"
             raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
@@ -65,7 +90,7 @@ def depth(text):
     return value
 
 
-POSITIVE, NATURAL = number(int, 1), number(int, 0)
+POSITIVE, NATURAL = number(int, 1), number(int, 0, 2**63 - 1)
 WEIGHT, RATE = number(float, 0, 1e9), number(float, 0, 1)
 FLAG = argparse.BooleanOptionalAction
 
@@ -111,7 +136,7 @@ def add_sampler_flags(p):
                    help="step of SGLD where --in_steps is 0 (JEM: 1)")
     g.add_argument("--sgld_std", type=number(float, 0), default=0.0, metavar="σ",
                    help="std of the noise after each outer step (JEM: 0.01)")
-    g.add_argument("--eps", type=number(float, above=0), default=1.0, metavar="ε",
+    g.add_argument("--eps", type=number(float, above=0, finite=False), default=1.0, metavar="ε",
                    help="proximity: bound on each gradient component; inf switches it off")
     g.add_argument("--pixel_clamp", action=FLAG, default=True,
                    help="keep chains in [-1, 1] after every inner step")
@@ -183,6 +208,14 @@ def add_train_flags(p):
     g.add_argument("--dry_run", action="store_true", help="print the resolved options and stop")
 
 
+def check_sampler(args):
+    """InputError for sampler flags that do not go together."""
+    if args.in_steps == 0 and args.sgld_lr == 0:
+        raise InputError("--in_steps 0 is SGLD: give its step with --sgld_lr (JEM: 1)")
+    if args.in_steps and args.sgld_lr:
+        raise InputError("--sgld_lr is the step of SGLD (--in_steps 0); PYLD's is --pyld_lr")
+
+
 def add_device_flags(p):
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: cuda if there)")
@@ -203,7 +236,7 @@ def pick_device(name, num_threads):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} cannot be used here: {reason}") from error

@@ -67,9 +67,16 @@ def calibrate(s, out):
         calibration.reliability_bins(confidence, correct, bins), ece, s.title("Reliability", n)))
 
 
+def finite(s, values):
+    """``values`` of a network, InputError where one is NaN or infinite."""
+    if not torch.isfinite(values).all():
+        raise InputError(f"{s.label}: what the network computes is not finite")
+    return values
+
+
 def scores_of(s, x, names):
     """{score name: float64 [n]} of uint8 images [n, 3, H, W]."""
-    logits = predict(s.model, x, s.args.batch_size)
+    logits = finite(s, predict(s.model, x, s.args.batch_size))
     values = {}
     for name in names:
         if name == "log_p_x":
@@ -77,7 +84,7 @@ def scores_of(s, x, names):
         elif name == "max_p_y":
             values[name] = ood.max_p_y_given_x(logits)
         else:
-            values[name] = ood.gradient_norm_score(s.model, x, s.args.batch_size)
+            values[name] = finite(s, ood.gradient_norm_score(s.model, x, s.args.batch_size))
     return {name: v.cpu().numpy() for name, v in values.items()}
 
 
@@ -161,20 +168,25 @@ def reference_images(s):
 
 def fid(s, out):
     """IS, FID and KID with pytorch-fid's Inception; fd_features in --features' network."""
-    if s.args.features:
-        open_any(s.args.features)  # a wrong file is told at once, not after hours
-    x, protocol = s.generated()
-    x, protocol = selected(s, x, protocol)
-    protocol["reference"] = s.args.reference
-    try:
-        yield from inception_metrics(s, x, protocol)
+    a = s.args
+    judge = open_any(a.features) if a.features else None
+    inception, n = None, s.n_generated()
+    try:  # whatever is missing is told before hours are spent on chains
+        if n < max(2, a.is_splits, a.kid_subset_size):
+            raise Unavailable(f"{n} generated images are too few for --is_splits {a.is_splits} and "
+                              f"--kid_subset_size {a.kid_subset_size}")
+        inception = generation.inception(a.inception_weights, a.download)
     except Unavailable as error:
-        if not s.args.features:
+        if judge is None:
             raise
         skip("IS, FID, KID", error)
-    if s.args.features:
-        yield from feature_distance(s, x, protocol)
+    x, protocol = s.generated()
     out.npz("fid_images", images=x[:2000].numpy())
+    x, protocol = selected(s, x, {**protocol, "reference": a.reference})
+    if inception:
+        yield from inception_metrics(s, x, protocol, *inception)
+    if judge:
+        yield from feature_distance(s, x, protocol, judge)
 
 
 def cache_file(s, network):
@@ -184,12 +196,8 @@ def cache_file(s, network):
     return Path(a.data_root) / "jempp-reference" / name
 
 
-def inception_metrics(s, x, protocol):
+def inception_metrics(s, x, protocol, network, sha256):
     a, n = s.args, len(x)
-    if n < max(2, a.is_splits, a.kid_subset_size):
-        raise InputError(f"{n} generated images are too few for --is_splits {a.is_splits} and "
-                         f"--kid_subset_size {a.kid_subset_size}")
-    network, sha256 = generation.inception(a.inception_weights, a.download)
     network = network.to(s.device)
     reference = generation.reference_statistics(
         cache_file(s, sha256),
@@ -211,8 +219,7 @@ def inception_metrics(s, x, protocol):
                                       "subset_size": a.kid_subset_size})
 
 
-def feature_distance(s, x, protocol):
-    judge = open_any(s.args.features)
+def feature_distance(s, x, protocol, judge):
     model, n = judge.model.to(s.device), len(x)
     reference = generation.reference_statistics(
         cache_file(s, judge.sha256),
@@ -261,7 +268,8 @@ def class_names(s):
 
 def by_class(s, x):
     """Predicted class and log p(y|x), log p(x) + log Z of images [n, 3, H, W] in [-1, 1]."""
-    logits = predict(s.model, plots.to_uint8(x).to(s.device), s.args.batch_size).double().cpu()
+    logits = predict(s.model, plots.to_uint8(x).to(s.device), s.args.batch_size)
+    logits = finite(s, logits).double().cpu()
     return logits.argmax(1), logits.log_softmax(1).amax(1), logits.logsumexp(1)
 
 
@@ -272,8 +280,9 @@ def samples(s, out):
     n_classes = len(names)
     if s.opened.buffer is not None:
         x = s.buffer()
-        out.figure("buffer", plots.image_rows(x[:100].split(10), [""] * len(x[:100].split(10)),
-                                              s.title("Replay buffer, first slots", len(x[:100]))))
+        shown = x[::max(1, len(x) // 100)][:100].split(10)
+        out.figure("buffer", plots.image_rows(shown, [""] * len(shown), s.title(
+            "Replay buffer, evenly spaced slots", len(x))))
         predicted, _, _ = by_class(s, x)
         rows = [x[predicted == k][:10] for k in range(n_classes)]
         out.figure("buffer_by_class", plots.image_rows(
@@ -290,7 +299,7 @@ def samples(s, out):
         rows = [torch.cat([c[None], d]) for c, d in zip(centres, draws.split(9), strict=True)]
         out.figure("p0", plots.image_rows(
             rows, names, s.title("Class centres (left) and draws of p0", len(y))))
-    words = f"PYLD from scratch, {a.chain_steps} outer steps"
+    words = f"{'PYLD' if a.in_steps else 'SGLD'} from scratch, {a.chain_steps} outer steps"
     free = s.chains(a.chain_batch, snapshots=10)
     if not torch.isfinite(free[-1]).all():
         raise InputError(f"{s.label}: its chains run off to infinity")

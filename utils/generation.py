@@ -235,7 +235,11 @@ def reference_statistics(path, compute):
     features = compute()
     kept = np.linspace(0, len(features) - 1, min(len(features), KEPT_FEATURES)).astype(np.int64)
     reference = Reference(*statistics(features), len(features), features[kept].astype(np.float32))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        np.savez(file, **reference._asdict())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            np.savez(file, **reference._asdict())
+    except OSError as error:  # a shared data folder may be read-only
+        print(f"{path} cannot be written and will be computed again [{one_line(error)}]",
+              file=sys.stderr)
     return reference

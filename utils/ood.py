@@ -101,8 +101,11 @@ def gradient_norm_score(model, x_uint8, batch_size=500):
 
 
 def check_names(names):
-    """InputError, before anything is measured, for an out set that does not exist or a folder
-    without image files."""
+    """InputError, before anything is measured, for an out set that does not exist, a folder without
+    image files, or two folders of one name (files and panels are called after it)."""
+    folders = [Path(name).name for name in names if name.startswith("folder:")]
+    if len(set(folders)) < len(folders) or len(set(names)) < len(names):
+        raise InputError("two of the --ood sets have the same name")
     for name in names:
         if name.startswith("folder:"):
             path = Path(name.removeprefix("folder:")).expanduser()

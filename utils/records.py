@@ -67,7 +67,8 @@ def read_jsonl(path):
         try:
             records.append(json.loads(line))
         except ValueError as error:
-            if number < len(lines) - 1:
+            torn = number == len(lines) - 1 and line.startswith("{")
+            if not torn:
                 raise InputError(f"{path}: line {number + 1} is not JSON") from error
     return records
 
@@ -78,14 +79,24 @@ def write_jsonl(path, records):
 
 
 def append_jsonl(path, record):
-    """Append one record; a torn last line, left by a crash, is first cut off."""
+    """Append one record; a torn last line, left by a crash, is first cut off. A whole one without
+    its newline stays, and a file of another kind is refused (InputError)."""
     data = json.dumps(jsonable(record)) + "\n"
     with open(path, "a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
+        file.seek(0)
+        start = max(0, file.seek(0, os.SEEK_END) - 1)
+        file.seek(start)
+        if file.read(1) not in (b"", b"\n"):
+            file.seek(0)
+            text = file.read()
+            last = text.rfind(b"\n") + 1
+            try:
+                json.loads(text[last:])
+                data = "\n" + data
+            except ValueError as error:
+                if not text[last:].startswith(b"{"):
+                    raise InputError(f"{path} is not a JSON-lines file") from error
+                file.truncate(last)
         file.write(data.encode())
 
 

@@ -17,7 +17,7 @@ from utils.cli import InputError, Unavailable
 from utils.data import SPECS, Images, load_splits
 from utils.inference import predict
 from utils.records import replacing
-from utils.seeding import seed_step
+from utils.seeding import generator, seed_step
 
 
 class Output(NamedTuple):
@@ -85,7 +85,10 @@ class Subject:
             size = self.args.image_size
             return UniformInit((3, size, size), self.device)
         train = self.splits["train"]
-        return ClassGaussians.fit(train.x, train.y, self.model.config["n_classes"])
+        try:
+            return ClassGaussians.fit(train.x, train.y, self.model.config["n_classes"])
+        except ValueError as error:
+            raise InputError(f"{error}: raise --n_train") from error
 
     def buffer(self):
         """The replay buffer [n, 3, H, W] in [-1, 1]; InputError where the file has none."""
@@ -120,16 +123,26 @@ class Subject:
                 into.append(x.cpu())
         return [torch.cat(parts) for parts in collected]
 
+    def n_generated(self):
+        """How many images --source and --n_samples ask for."""
+        a = self.args
+        if a.source != "buffer":
+            return a.n_samples or 1000
+        n = len(self.buffer())
+        if a.n_samples is not None and a.n_samples > n:
+            raise InputError(f"--n_samples {a.n_samples}: the buffer holds {n} images")
+        return a.n_samples or n
+
     def generated(self):
         """Images to judge, uint8 [n, 3, H, W] on the CPU, and the protocol words of their origin:
-        --source buffer (all of it, or its first --n_samples) or scratch."""
-        a = self.args
+        --source buffer (all of it, or --n_samples at random) or scratch."""
+        a, n = self.args, self.n_generated()
         if a.source == "buffer":
+            # a buffer may lie in blocks by class, which the Inception Score's splits must not
             x = self.buffer()
-            if a.n_samples is not None and a.n_samples > len(x):
-                raise InputError(f"--n_samples {a.n_samples}: the buffer holds {len(x)} images")
-            return plots.to_uint8(x[:a.n_samples]), {"source": "buffer"}
-        x = self.chains(a.n_samples or 1000)[-1]
+            order = torch.randperm(len(x), generator=generator("cpu", a.seed, "buffer order"))
+            return plots.to_uint8(x[order[:n]]), {"source": "buffer"}
+        x = self.chains(n)[-1]
         if not torch.isfinite(x).all():
             raise InputError(f"{self.label}: its chains run off to infinity")
         return plots.to_uint8(x), {"source": "scratch", "chain_steps": a.chain_steps,
