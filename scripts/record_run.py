@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Append what a run folder itself tells to a results file: where it diverged, seconds an epoch.
+"""Append what a run folder itself tells to a results file: how far it came, how it ended.
 
     python scripts/record_run.py runs/small/jempp-seed1 --method JEM++ --results table5.jsonl
 """
 
-import statistics
 import sys
 from pathlib import Path
 
@@ -24,22 +23,19 @@ def main(argv=None):
         raise cli.InputError(f"{args.run_dir} holds no run that has ended (no train.jsonl with a "
                              "closing line)")
     header = log[0]
-    end, trained, steps = log[-1], header["args"], [r for r in log if r["kind"] == "step"]
+    end, trained = log[-1], header["args"]
     common = {
         "method": args.method, "dataset": trained["dataset"], "seed": trained["seed"],
         "training": {name: trained[name] for name in records.TRAINING} | {"step": end["step"]},
         "checkpoint": None, "overrides": {}, "env": header["env"], "seconds": None,
         "time": end["time"]}
-    found = []
+    records.append_jsonl(args.results, {
+        "metric": "steps", "value": end["step"], "unit": "step", "n": 1,
+        "protocol": {"reason": end["reason"], "rollbacks": end.get("rollbacks", 0)}, **common})
     if end["reason"] == "diverged":
-        found.append({"metric": "diverged", "value": end["step"], "unit": "step", "n": 1,
-                      "protocol": {"cause": end["detail"]}})
-    if rates := [r["images_per_s"] for r in steps]:
-        seconds = header["steps_per_epoch"] * trained["batch_size"] / statistics.median(rates)
-        found.append({"metric": "seconds_per_epoch", "value": seconds, "unit": "s",
-                      "n": len(rates), "protocol": {"what": "median over the run's records"}})
-    for record in found:
-        records.append_jsonl(args.results, {**record, **common})
+        records.append_jsonl(args.results, {
+            "metric": "diverged", "value": end["step"], "unit": "step", "n": 1,
+            "protocol": {"cause": end["detail"]}, **common})
     return cli.EXIT_OK
 
 
