@@ -20,7 +20,7 @@ from samplers import make_sampler
 from utils import checkpoint, cli, records
 from utils.build import build, new_state, per_class
 from utils.data import SPECS
-from utils.guard import Guard, Stop, fetch, roll_back, save_last
+from utils.guard import Guard, Stop, fetch, resume, roll_back, save_last
 from utils.inference import accuracy
 from utils.robustness import adversarial_batch, ball_radius
 from utils.run_log import RunLog
@@ -118,7 +118,7 @@ def joint_loss(model, draw, batch, buffer, p0, args, streams):
         x_neg = sample_negatives(model, draw, buffer, p0, args, streams, y_lab.cpu())
         e_neg = model.energy(x_neg, y_lab).mean()
         loss = loss + args.p_x_y_weight * (e_pos - e_neg)
-        log |= {"e_pos_y": e_pos, "e_neg_y": e_neg}
+        log |= {"e_pos_y": e_pos, "e_neg_y": e_neg, "saturated": (x_neg.abs() >= 1).float().mean()}
 
     return loss, {"loss": loss.detach()} | {name: value.detach() for name, value in log.items()}
 
@@ -232,9 +232,7 @@ def main(argv=None):
 
 def run(args, run_dir, state, data, p0, valid, test):
     """Resume if there is something to resume, train, close the log; the exit code."""
-    saved = [path for path in (run_dir / "last.pt", run_dir / "good.pt") if path.exists()]
-    if saved:
-        checkpoint.restore(state, saved[0], args)
+    if resume(run_dir, state, args):
         data.reseed(checkpoint.stream_key(args.seed, state.stream))
         cli.say(f"continuing {run_dir} after step {state.step}")
     records.write_json(run_dir / "args.json", vars(args))

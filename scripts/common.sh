@@ -54,19 +54,22 @@ train() {
 }
 
 # measure TABLE METHOD RUN EVAL_FLAGS...: append the records of RUN's best checkpoint to
-# OUT/TABLE.jsonl under the paper's name METHOD, once.
+# OUT/TABLE.jsonl under the paper's name METHOD, once and whole. A run that diverged is recorded as
+# such, whatever its best checkpoint before that was worth.
 measure() {
     local table=$1 method=$2 run=$3-seed$SEED
     shift 3
-    local done="$RUNS/$run/$table.measured"
+    local done="$RUNS/$run/$table.measured" file="$RUNS/$run/eval/$table.jsonl"
     [ -e "$done" ] && return
-    python scripts/record_run.py "$RUNS/$run" --method "$method" --results "$OUT/$table.jsonl"
-    if [ -e "$RUNS/$run/best.pt" ] && ! ended "$run" diverged; then
+    mkdir -p "$RUNS/$run/eval"
+    rm -f "$file"
+    python scripts/record_run.py "$RUNS/$run" --method "$method" --results "$file"
+    if [ -e "$RUNS/$run/best.pt" ]; then
         python eval_jempp.py --load_path "$RUNS/$run/best.pt" --labels "$method" --method "$method" \
-            --results "$RUNS/$run/eval/$table.jsonl" --data_root "$DATA" "${EVAL[@]}" "$@"
-        cat "$RUNS/$run/eval/$table.jsonl" >> "$OUT/$table.jsonl"
+            --results "$file" --data_root "$DATA" "${EVAL[@]}" "$@"
     fi
     touch "$done"
+    cat "$file" >> "$OUT/$table.jsonl"
 }
 
 # row TABLE METHOD RUN FLAGS... -- EVAL_FLAGS...: train and measure one row for every seed.
@@ -83,6 +86,7 @@ row() {
 
 # The network whose features stand in for Inception (fd_features): the softmax model, seed 1.
 features() {
-    SEED=1 train softmax "${SOFTMAX[@]}"
+    SEED=1 train softmax "${SOFTMAX[@]}" ||
+        { echo "the softmax network diverged: there are no features to judge by" >&2; exit 3; }
     FEATURES=(--features "$RUNS/softmax-seed1/best.pt")
 }

@@ -8,9 +8,14 @@ for SEED in $SEEDS; do
     train no-proximity --eps inf || true
     train jem-k20 "${JEM[@]}" || true
 done
-curve() {  # the runs of one line over all seeds
-    for SEED in $SEEDS; do echo "$RUNS/$1-seed$SEED"; done
+LINES=()
+line() {  # line LABEL RUN: the runs of one line, over all seeds
+    LINES+=(--line "$1")
+    for SEED in $SEEDS; do LINES+=("$RUNS/$2-seed$SEED"); done
 }
-python scripts/figures.py curves --out "$OUT/figures/fig5_$SCALE.png" \
-    --line "M=5" $(curve jempp-m5) --line "M=10" $(curve jempp-m10) --line "M=20" $(curve jempp-m20) \
-    --line "M=10, w/o proximity" $(curve no-proximity) --line "JEM, K=20" $(curve jem-k20)
+line "M=5" jempp-m5
+line "M=10" jempp-m10
+line "M=20" jempp-m20
+line "M=10, w/o proximity" no-proximity
+line "JEM, K=20" jem-k20
+python scripts/figures.py curves --out "$OUT/figures/fig5_$SCALE.png" "${LINES[@]}"

@@ -8,10 +8,12 @@ features
 SEED=${SEEDS%% *}
 train evolution --n_steps 10 --keep_every "$KEEP" || echo "diverged: what was kept is shown"
 FILE="$RUNS/evolution-seed$SEED/fig6.jsonl"
-if [ ! -e "$FILE" ]; then
+if [ ! -e "$FILE.measured" ]; then
+    rm -f "$FILE"
     python eval_jempp.py --load_path "$RUNS/evolution-seed$SEED"/epoch_*.pt --eval accuracy fid \
         --splits test --method "JEM++ (M=10)" --data_root "$DATA" --results "$FILE" \
         "${EVAL[@]}" "${FEATURES[@]}"
+    touch "$FILE.measured"
     cat "$FILE" >> "$OUT/fig6.jsonl"
 fi
 python scripts/figures.py evolution --records "$FILE" --out "$OUT/figures/fig6_$SCALE.png"

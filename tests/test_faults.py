@@ -249,7 +249,7 @@ def test_nan_is_detected_rolled_back_and_the_run_finishes(tmp_path, monkeypatch,
     (rollback,) = [r for r in log if r["kind"] == "rollback"]
     # a CPU looks at every step: found in the step itself, or weights in the one that uses them
     assert at_step + 1 <= rollback["step"] <= at_step + 2
-    assert rollback["to_step"] <= max(0, at_step - 2) and rollback["cause"]
+    assert rollback["to_step"] < max(1, rollback["step"] - 2) and rollback["cause"]
     assert log[-1]["reason"] == "finished" and log[-1]["rollbacks"] == 1
     content = torch.load(tmp_path / "last.pt", weights_only=True)
     assert content["rng"]["stream"] == 1 and checkpoint.all_finite(
@@ -296,6 +296,7 @@ def test_what_diverges_for_certain_ends_with_the_rollbacks_on_record(tmp_path, f
     ({"loss": 2e8}, "--max_loss"), ({"loss": float("nan")}, "loss is nan"),
     ({"loss": 1.0, "grad_norm": float("inf")}, "grad_norm is inf"),
     ({"loss": 1.0, "e_pos": 0.0, "e_neg": -1001.0}, "--max_gap"),
+    ({"loss": 1.0, "e_pos_y": 5e3, "e_neg_y": 0.0}, "--max_gap"),
     ({"loss": 1.0, "e_pos": 0.0, "e_neg": 0.0, "saturated": 0.999}, "at their bounds")])
 def test_the_guards_causes(row, cause):
     from utils.guard import Guard
@@ -477,3 +478,56 @@ def test_any_flags_run_two_steps_or_are_refused_in_one_line(tmp_path_factory, fl
 @given(flags=st.lists(FLAG, max_size=4))
 def test_any_flags_at_length(tmp_path_factory, flags):
     any_flags_run_or_are_refused(tmp_path_factory, flags)
+
+
+def inject(monkeypatch, *steps):
+    """A NaN loss after each of ``steps``, one a random stream."""
+    real, left = train_jempp.train_step, list(steps)
+
+    def step(args, state, *rest):
+        metrics = real(args, state, *rest)
+        if left and state.step == left[0] and state.stream == len(steps) - len(left):
+            left.pop(0)
+            metrics["loss"] = metrics["loss"] * float("nan")
+        return metrics
+
+    monkeypatch.setattr(train_jempp, "train_step", step)
+
+
+QUICK = ["--n_steps", "1", "--n_train", "32", "--batch_size", "16", "--print_every", "100",
+         "--eval_every", "1000", "--buffer_size", "20", "--init", "uniform", "--n_epochs", "100"]
+
+
+def rollbacks(tmp_path):
+    log = read_jsonl(tmp_path / "train.jsonl")
+    assert all(r["images_per_s"] > 0 for r in log if r["kind"] == "step")
+    return [(r["step"], r["to_step"]) for r in log if r["kind"] == "rollback"]
+
+
+def test_saving_often_leaves_something_to_go_back_to(tmp_path, monkeypatch):
+    """Saved every 2 steps, good after 20: the way back is 20 to some 40 steps long, not all."""
+    inject(monkeypatch, 75)
+    assert run_main(tiny(tmp_path, *QUICK, "--good_after", "20", "--max_steps", "80"))[0] == 0
+    ((step, to_step),) = rollbacks(tmp_path)
+    assert step == 75 and 75 - 45 <= to_step <= 75 - 20
+
+
+def test_a_second_fault_soon_after_goes_back_no_further_than_what_was_survived(
+        tmp_path, monkeypatch):
+    inject(monkeypatch, 75, 60)
+    assert run_main(tiny(tmp_path, *QUICK, "--good_after", "20", "--max_steps", "80"))[0] == 0
+    (_, first), (step, second) = rollbacks(tmp_path)
+    assert step == 60 and 0 < second <= first
+    log = read_jsonl(tmp_path / "train.jsonl")
+    assert log[-1]["rollbacks"] == 2
+    kept = {p.name: torch.load(p, weights_only=True)["step"] for p in tmp_path.glob("*.pt")}
+    assert kept["last.pt"] == 80 and kept["good.pt"] <= kept["candidate.pt"] <= 80
+
+
+def test_a_crash_between_the_two_renames_resumes_from_the_candidate(tmp_path):
+    flags = [*QUICK, "--good_after", "4"]
+    assert run_main(tiny(tmp_path / "whole", *flags, "--max_steps", "9"))[0] == 0
+    assert run_main(tiny(tmp_path / "run", *flags, "--max_steps", "6"))[0] == 0
+    (tmp_path / "run" / "last.pt").replace(tmp_path / "run" / "candidate.pt")
+    assert run_main(tiny(tmp_path / "run", *flags, "--max_steps", "9"))[0] == 0
+    assert same_tensors(tmp_path / "whole" / "last.pt", tmp_path / "run" / "last.pt")

@@ -52,6 +52,7 @@ class State:
     guard: dict = field(default_factory=dict)
     log_lines: int = 0  # of train.jsonl when this was saved
     saved_at: int = 0  # step of last.pt
+    candidate_at: int = 0  # step of candidate.pt
 
     @property
     def rollbacks(self):
@@ -124,8 +125,9 @@ def locked(run_dir):
             except OSError as error:
                 raise InputError(f"another process is using {run_dir}: wait for it, or choose "
                                  "another --run_dir") from error
-        for partial in Path(run_dir).rglob(".*.partial"):
-            partial.unlink(missing_ok=True)
+        for folder in (Path(run_dir), Path(run_dir) / "samples"):
+            for partial in folder.glob(".*.partial"):
+                partial.unlink(missing_ok=True)
         yield
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import threading
 
 EXIT_OK, EXIT_INPUT, EXIT_DIVERGED, EXIT_STOPPED = 0, 2, 3, 75
 
@@ -24,6 +25,7 @@ class Unavailable(InputError):
 def run(main):
     """Exit with ``main()``'s code; bad input and file trouble become one line and code 2."""
     program = os.path.basename(sys.argv[0])
+    threading.excepthook = quiet_thread
     try:
         code = main()
     except InputError as error:
@@ -48,6 +50,12 @@ def run(main):
         print(f"{program}: error: {error.strerror}{where}", file=sys.stderr)
         code = EXIT_INPUT
     sys.exit(code)
+
+
+def quiet_thread(fault):
+    """A disk that is full for a helper thread (TensorBoard's) is full for us, and we say so."""
+    if not issubclass(fault.exc_type, OSError):
+        sys.__excepthook__(fault.exc_type, fault.exc_value, fault.exc_traceback)
 
 
 def say(message):

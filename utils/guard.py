@@ -26,6 +26,7 @@ class Guard:
 
     def __init__(self, args, n_classes):
         self.max_loss, self.max_gap, self.chance = args.max_loss, args.max_gap, 1 / n_classes
+        self.images = args.batch_size / (1 - MEMORY)  # that the running mean is taken over
 
     def look(self, state, rows):
         """The (step, cause) of the first fault in ``rows``, the scalars {name: number} of the steps
@@ -41,16 +42,18 @@ class Guard:
                 return f"{name} is {value}"
         if abs(row["loss"]) > self.max_loss:
             return f"|loss| is {abs(row['loss']):.3g}, beyond --max_loss {self.max_loss:g}"
-        gap = row["e_pos"] - row["e_neg"] if "e_pos" in row else 0.0
-        if abs(gap) > self.max_gap:
-            return f"the energy gap is {gap:.3g}, beyond --max_gap {self.max_gap:g}"
+        for pos, neg in (("e_pos", "e_neg"), ("e_pos_y", "e_neg_y")):
+            gap = row.get(pos, 0.0) - row.get(neg, 0.0)
+            if abs(gap) > self.max_gap:
+                return f"the energy gap is {gap:.3g}, beyond --max_gap {self.max_gap:g}"
         if row.get("saturated", 0.0) > SATURATED:
             return f"{100 * row['saturated']:.1f} % of the chains' pixels are at their bounds"
         if "accuracy" in row:
             mean = MEMORY * memory.get("mean", self.chance) + (1 - MEMORY) * row["accuracy"]
             peak = max(memory.get("peak", self.chance), mean)
             memory |= {"mean": mean, "peak": peak}
-            if mean < COLLAPSED * peak and peak > 3 * self.chance:
+            noise = 5 * (peak * (1 - peak) / self.images) ** 0.5  # of tiny batches
+            if mean < COLLAPSED * peak - noise and peak > 3 * self.chance:
                 return f"training accuracy fell to {100 * mean:.1f} % from {100 * peak:.1f} %"
         return None
 
@@ -63,24 +66,48 @@ def fetch(window):
 
 
 def save_last(run_dir, state, args, epoch, log):
-    """Write RUN/last.pt. The one that stood there goes on as good.pt if the run has survived it for
-    --good_after steps: what a run goes back to must not be poisoned already."""
-    last = Path(run_dir) / "last.pt"
-    survived = last.exists() and state.step - state.saved_at >= args.good_after
+    """Write RUN/last.pt, and see to it that there is something sound to go back to.
+
+    What a run goes back to must not be poisoned already: an earlier last.pt waits as candidate.pt
+    and becomes good.pt once the run has survived it for --good_after steps. However often one
+    saves, good.pt is then about 2 --good_after steps old.
+    """
+    last, candidate, good = (Path(run_dir) / f"{name}.pt" for name in ("last", "candidate", "good"))
+    if candidate.exists() and state.step - state.candidate_at >= args.good_after:
+        candidate.replace(good)
+    keep_as = None
+    if last.exists() and not candidate.exists():
+        keep_as, state.candidate_at = candidate.name, state.saved_at
     state.log_lines, state.saved_at = log.lines, state.step
-    checkpoint.save(last, state, args, epoch, keep_as="good.pt" if survived else None)
+    checkpoint.save(last, state, args, epoch, keep_as=keep_as)
+
+
+def saved_states(run_dir):
+    """The resumable files of a run, newest first. The first is what the same command continues
+    from: a crash between two renames may have left no last.pt."""
+    paths = [Path(run_dir) / f"{name}.pt" for name in ("last", "candidate", "good")]
+    return [path for path in paths if path.exists()]
+
+
+def resume(run_dir, state, args):
+    """Put the newest saved state into ``state``, built from the same flags; False for none."""
+    saved = saved_states(run_dir)
+    if saved:
+        checkpoint.restore(state, saved[0], args)
+        candidate = Path(run_dir) / "candidate.pt"
+        state.candidate_at = checkpoint.step_of(candidate) if candidate.exists() else 0
+    return bool(saved)
 
 
 def roll_back(step, cause, run_dir, state, args, fresh, log):
     """Put ``state`` back to what the run had survived for --good_after steps before the fault at
-    ``step``: last.pt, else good.pt, else ``fresh()``; with other random numbers from there on, and
-    the learning rate lowered by --rollback_lr_factor. The outcome is saved as last.pt at once, so
-    that a crash cannot undo the decision."""
+    ``step``: the newest such file, else good.pt, which was survived once, else ``fresh()``. Other
+    random numbers follow, at a rate lowered by --rollback_lr_factor. The outcome is saved as
+    last.pt at once, so that a crash cannot undo the decision; what lies after it goes."""
     stream, lr_factor = state.stream + 1, state.lr_factor * args.rollback_lr_factor
     best = state.best  # best.pt stays the best of the whole run, what was rolled back included
-    for name in ("last.pt", "good.pt"):
-        path = Path(run_dir) / name
-        if path.exists() and step - checkpoint.step_of(path) > args.good_after:
+    for path in saved_states(run_dir):
+        if path.name == "good.pt" or step - checkpoint.step_of(path) > args.good_after:
             checkpoint.restore(state, path, args)
             break
     else:
@@ -89,6 +116,12 @@ def roll_back(step, cause, run_dir, state, args, fresh, log):
     log.write("rollback", step, to_step=state.step, cause=cause, rollbacks=stream)
     state.log_lines, state.saved_at = log.lines, state.step
     checkpoint.save(Path(run_dir) / "last.pt", state, args, None)
+    for path in saved_states(run_dir)[1:]:
+        if checkpoint.step_of(path) > state.step:
+            path.unlink()
+    candidate = Path(run_dir) / "candidate.pt"
+    state.candidate_at = checkpoint.step_of(candidate) if candidate.exists() else 0
+    log.start_clock(state.step)
 
 
 class Stop:

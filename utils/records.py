@@ -34,6 +34,9 @@ def replacing(path, mode="wb", keep_as=None):
             path.replace(path.with_name(keep_as))
         partial.replace(path)
         sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
