@@ -68,7 +68,8 @@ def score_histograms(score_in, outs, name_in, score_name, title):
                                 squeeze=False)
     for axis in axes.flat[len(outs):]:
         axis.axis("off")
-    for axis, (name_out, score_out) in zip(axes.flat, outs.items(), strict=False):
+    for axis, (name_out, score_out) in zip(axes.flat[:len(outs)], outs.items(),
+                                                strict=True):
         low, high = np.percentile(np.concatenate([score_in, score_out]), [0.5, 99.5])
         edges = np.linspace(low, max(high, low + 1e-6), 51)
         for values, name, color in ((score_in, name_in, "tab:blue"),
