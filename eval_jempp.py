@@ -17,10 +17,11 @@ from pathlib import Path
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox would insist on a git binary
 
 import train_jempp
-from utils import checkpoint, cli, ood, plots, records
+from utils import checkpoint, cli, distributed, machine, ood, plots, records
 from utils.evaluations import EVALUATIONS, skip
 from utils.subject import Output, Subject
 
+DIST_TIMEOUT = 30  # minutes that a process may be busy with its share while others wait
 MACHINE = {"device", "num_threads", "channels_last", "data_root", "download"}
 
 
@@ -166,9 +167,10 @@ def main(argv=None):
     if own.dry_run:
         cli.print_json(vars(own) | typed)
         return cli.EXIT_OK
+    device = machine.pick_device(typed.get("device", "auto"), typed.get("num_threads", 0))
+    distributed.start(device, DIST_TIMEOUT)
     results = Path(own.results or Path(own.load_path[0]).parent / "eval" / "results.jsonl")
     records.read_jsonl(results)  # a file of another kind is not appended to
-    device = cli.pick_device(typed.get("device", "auto"), typed.get("num_threads", 0))
     labels = unique(own.labels or [label_of(path) for path in own.load_path])
     stems = unique([re.sub(r"[^\w.+=-]+", "_", label) for label in labels])
     subjects = []
@@ -177,8 +179,9 @@ def main(argv=None):
         subjects.append(Subject(opened, settings_of(opened, own, typed), label, device))
     env = records.environment(device)
     results.parent.mkdir(parents=True, exist_ok=True)
-    with open(results, "a"):  # what cannot be written is told before anything is measured
-        pass
+    if distributed.rank() == 0:
+        with open(results, "a"):  # what cannot be written is told before anything is measured
+            pass
     curves, measured, left_out = {}, False, None
     for name in own.eval:
         for s, stem in zip(subjects, stems, strict=True):
@@ -194,9 +197,10 @@ def main(argv=None):
                 left_out = error
     for norm, lines in curves.items():
         n = max(number_n for _, _, number_n in lines.values())
-        plots.save_figure(results.parent / f"robustness_{norm}.png", plots.robustness_curves(
+        Output(results.parent, "robustness").figure(norm, plots.robustness_curves(
             {key: (eps, accuracy) for key, (eps, accuracy, _) in lines.items()}, norm,
             f"Accuracy under attack, n = {n}"))
+    distributed.barrier()
     if left_out and not measured:
         raise cli.InputError("nothing could be measured, for the reasons above")
     cli.say(f"records in {results}, pictures and raw scores beside it")
@@ -205,6 +209,8 @@ def main(argv=None):
 
 def report(number, s, typed, own, env, seconds, results):
     """One number: a line on the terminal and a record appended to the results."""
+    if distributed.rank():
+        return
     o = s.opened
     records.append_jsonl(results, {
         "metric": number.metric, "value": number.value, "unit": number.unit, "n": number.n,

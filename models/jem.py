@@ -4,6 +4,9 @@ Lower energy means higher probability, and nothing called an energy is ever nega
 E(x) = -LogSumExp_y f(x)[y], E(x, y) = -f(x)[y], p(x, y) = exp(f(x)[y]) / Z.
 """
 
+from contextlib import contextmanager
+
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -19,8 +22,27 @@ def energy(logits, y=None):
     return -logits.gather(1, y[:, None]).squeeze(1)
 
 
+@contextmanager
+def frozen(model):
+    """Parameters as constants inside the block: of a gradient with respect to the input, what
+    concerns them is then not even recorded (and torch.compile leaves it out of its kernels)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
 class JEM(nn.Module):
-    """A network with a ``stem`` (f_0) and a ``trunk`` (g), and the densities its logits define."""
+    """A network with a ``stem`` (f_0) and a ``trunk`` (g), and the densities its logits define.
+
+    ``bf16``: run all but the last layer under bfloat16 autocast. Weights, batch statistics, logits,
+    energies and losses stay float32.
+    """
+
+    bf16 = False
 
     def __init__(self, network):
         super().__init__()
@@ -33,7 +55,11 @@ class JEM(nn.Module):
 
     def forward(self, x):
         """Images [B, 3, H, W] in [-1, 1] to logits f(x) [B, K]."""
-        return self.trunk(self.stem(x))
+        if not self.bf16:
+            return self.trunk(self.stem(x))
+        with torch.autocast(x.device.type, torch.bfloat16):
+            features = self.trunk[:-1](self.stem(x))
+        return self.trunk[-1](features.float())
 
     def energy(self, x, y=None):
         """E(x) [B], or E(x, y) [B]; -E(x) is log p(x) up to the constant log Z."""

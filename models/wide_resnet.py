@@ -26,6 +26,12 @@ def make_norm(norm, channels, bn_momentum):
     }[norm]()
 
 
+def make_act(norm):
+    """LeakyReLU(0.2), over the norm layer's output, which nothing else reads; where there is no
+    such layer its input is also the shortcut's and must stay."""
+    return nn.LeakyReLU(0.2, inplace=norm != "none")
+
+
 class Block(nn.Module):
     """norm, LeakyReLU, 3x3 conv, twice, beside the identity (or a 1x1 conv where shapes differ)."""
 
@@ -35,14 +41,14 @@ class Block(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.norm2 = make_norm(norm, channels, bn_momentum)
         self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
-        self.act = nn.LeakyReLU(0.2)
+        self.act = make_act(norm)
         same = stride == 1 and in_channels == channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, channels, 1, stride)
 
     def forward(self, x):
         out = self.conv1(self.act(self.norm1(x)))
         out = self.conv2(self.act(self.norm2(out)))
-        return out + self.shortcut(x)
+        return out.add_(self.shortcut(x))
 
 
 class WideResNet(nn.Module):
@@ -72,7 +78,7 @@ class WideResNet(nn.Module):
                 in_channels = channels
             trunk[f"layer{number}"] = nn.Sequential(*blocks)
         trunk["norm"] = make_norm(norm, in_channels, bn_momentum)
-        trunk["act"] = nn.LeakyReLU(0.2)
+        trunk["act"] = make_act(norm)
         trunk["pool"] = nn.AdaptiveAvgPool2d(1)
         trunk["flatten"] = nn.Flatten()
         trunk["head"] = nn.Linear(in_channels, n_classes)

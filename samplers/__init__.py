@@ -16,9 +16,10 @@ __all__ = ["ClassGaussians", "ReplayBuffer", "UniformInit", "make_sampler", "pyl
 
 
 def make_sampler(args):
-    """Flags (n_steps, in_steps, pyld_lr, sgld_lr, sgld_std, eps, pixel_clamp, literal_pyld) to
+    """Flags (n_steps, in_steps, pyld_lr, sgld_lr, sgld_std, eps, step_decay, pixel_clamp,
+    literal_pyld) to
     ``draw(model, x_0, y=None, generator=None) -> x``: PYLD-M-N, or SGLD-M where in_steps is 0."""
-    shared = {"clip": args.eps, "noise_std": args.sgld_std,
+    shared = {"clip": args.eps, "noise_std": args.sgld_std, "step_decay": args.step_decay,
               "pixels": PIXELS if args.pixel_clamp else None}
     if args.in_steps:
         chain = pyld if args.literal_pyld else pyld_collapsed

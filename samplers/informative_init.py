@@ -21,6 +21,7 @@ class ClassGaussians:
     """
 
     ridge = 1e-4
+    rows = 512  # images that become floats at a time: they stay in a CPU's cache
 
     @classmethod
     def fit(cls, x, y, n_classes, pixels=(-1.0, 1.0)):
@@ -34,6 +35,7 @@ class ClassGaussians:
             empty = int((counts == 0).nonzero()[0])
             raise ValueError(f"class {empty} has no training image to estimate its Gaussian from")
         self.pi = counts / counts.sum()
+        self.centres = torch.stack([self.class_images(k).mean(0) for k in range(n_classes)])
         return self
 
     def class_images(self, k):
@@ -42,8 +44,7 @@ class ClassGaussians:
 
     def means(self):
         """The class centres mu_y [K, C, H, W] (Figs 2, 7, 8)."""
-        centres = [self.class_images(k).mean(0) for k in range(len(self.members))]
-        return torch.stack(centres).view(-1, *self.shape)
+        return self.centres.view(-1, *self.shape)
 
     def sample(self, n, y=None, *, host, generator):
         """Draw x [n, C, H, W], clamped to ``pixels``; y ~ pi unless labels ``y`` [n] are given.
@@ -56,12 +57,15 @@ class ClassGaussians:
             y = torch.multinomial(self.pi, n, replacement=True, generator=host)
         x = torch.empty(n, self.images[0].numel(), device=device)
         for k in y.unique().tolist():
-            rows = (y == k).nonzero().squeeze(1)
-            images = self.class_images(k)
-            z = torch.randn(len(rows), len(images), device=device, generator=generator)
-            z = (z - z.mean(1, keepdim=True)) / len(images) ** 0.5
+            rows, members = (y == k).nonzero().squeeze(1), self.members[k]
+            z = torch.randn(len(rows), len(members), device=device, generator=generator)
+            z = (z - z.mean(1, keepdim=True)) / (127.5 * len(members) ** 0.5)
             eps = torch.randn(len(rows), x.shape[1], device=device, generator=generator)
-            draws = images.mean(0) + z @ images + self.ridge**0.5 * eps
+            draws = torch.add(self.centres[k], eps, alpha=self.ridge**0.5)
+            chunk = len(members) if device.type == "cuda" else self.rows
+            for z_part, part in zip(z.split(chunk, 1), members.split(chunk), strict=True):
+                # z is centred: the shift of to_pixels drops out, and 127.5 is in z already
+                draws.addmm_(z_part, self.images[part].flatten(1).float())
             x[rows.to(device)] = draws
         if self.pixels is not None:
             x.clamp_(*self.pixels)

@@ -14,32 +14,33 @@ def slack_variable(model, x, y=None):
     return p
 
 
-def pyld(model, x, *, n_outer, n_inner, step_size, clip, noise_std=0.0, y=None, pixels=PIXELS,
-         generator=None):
+def pyld(model, x, *, n_outer, n_inner, step_size, clip, noise_std=0.0, step_decay=1.0, y=None,
+         pixels=PIXELS, generator=None):
     """Algorithm 1, line by line: M = ``n_outer``, N = ``n_inner``, epsilon = ``clip``.
 
     x [B, 3, H, W] in ``pixels``; ``y`` [B] makes the chain conditional (it descends E(x, y));
-    ``step_size`` is the step of one inner loop turn, 0.2 in the released code (see sgld.py).
+    ``step_size`` is the step of one inner loop turn, 0.2 in the released code (see sgld.py); in
+    outer step i it is ``step_decay`` ** i as long.
     """
-    for _ in range(n_outer):
+    for i in range(n_outer):
         p = slack_variable(model, x, y)                                   # line 4
         for _ in range(n_inner):
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
                 (gradient,) = torch.autograd.grad((p * model.stem(x)).sum(), x)
             gamma = gradient.clamp(-clip, clip)                           # line 7
-            x = move(x.detach(), step_size * gamma, pixels)               # line 8
+            x = move(x.detach(), step_size * step_decay**i * gamma, pixels)  # line 8
         x = add_noise(x, noise_std, generator)                            # line 10
     return x.detach()
 
 
-def pyld_collapsed(model, x, *, n_outer, n_inner, step_size, clip, noise_std=0.0, y=None,
-                   pixels=PIXELS, generator=None):
+def pyld_collapsed(model, x, *, n_outer, n_inner, step_size, clip, noise_std=0.0, step_decay=1.0,
+                   y=None, pixels=PIXELS, generator=None):
     """What ``pyld`` computes, for the price of its outer loop, when the stem is affine.
 
     p . grad f_0(x) does not depend on x for an affine f_0, so the N inner steps repeat one clamped
     step of proximal SGLD. A convolution is affine; a deeper stem is not and needs ``pyld``.
     """
     return sgld(lambda x: model.energy(x, y), x, n_steps=n_outer, repeats=n_inner,
-                step_size=step_size, clip=clip, noise_std=noise_std, pixels=pixels,
-                generator=generator)
+                step_size=step_size, clip=clip, noise_std=noise_std, step_decay=step_decay,
+                pixels=pixels, generator=generator)

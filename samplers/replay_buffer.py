@@ -23,9 +23,10 @@ class ReplayBuffer:
     def __len__(self):
         return len(self.images)
 
-    def spread(self, n):
-        """``n`` of the images (or all), evenly spaced over the slots and so over the classes."""
-        return self.images[::max(1, len(self) // n)][:n]
+    def share(self, part, parts):
+        """Every ``parts``-th slot from ``part`` on as a buffer of its own over the same memory;
+        blocks of classes stay blocks."""
+        return ReplayBuffer(self.images[part::parts], self.n_classes)
 
     def slots(self, n, y=None, *, host):
         """``n`` slot numbers with replacement, from anywhere or from the blocks of ``y`` [n]."""

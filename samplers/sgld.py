@@ -34,18 +34,19 @@ def add_noise(x, std, generator):
 
 
 def sgld(energy_fn, x, *, n_steps, step_size, clip=math.inf, noise_std=0.0, repeats=1,
-         pixels=PIXELS, generator=None):
+         step_decay=1.0, pixels=PIXELS, generator=None):
     """Run ``n_steps`` of proximal SGLD (Eq. 10) from x [B, C, H, W] and return the end points.
 
     x <- x - step_size * clamp(grad E(x), -clip, clip) + noise_std * N(0, 1), with ``clip`` the
     paper's epsilon; clip = inf is plain SGLD (Eq. 3). After each move x is clamped to ``pixels``.
+    Step i is ``step_decay`` ** i as long as the first.
     ``repeats`` = N takes each clamped step N times for one gradient: PYLD with an affine first
     layer (see ``pyld.pyld_collapsed``). Two clamps give exactly the N of the loop, also where noise
     left x outside the range: the first brings it in, and from inside, N - 1 equal steps clamped
     each time end where one long step clamped once does.
     """
-    for _ in range(n_steps):
-        step = step_size * input_gradient(energy_fn, x).clamp_(-clip, clip)
+    for i in range(n_steps):
+        step = step_size * step_decay**i * input_gradient(energy_fn, x).clamp_(-clip, clip)
         x = move(x, step, pixels)
         if repeats > 1:
             x = move(x, (repeats - 1) * step, pixels)

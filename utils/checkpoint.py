@@ -20,9 +20,11 @@ except ImportError:  # not on Windows: no lock there
     fcntl = None
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from models import JEM, official
-from samplers import ReplayBuffer
+from samplers import ReplayBuffer, to_pixels
+from utils import distributed
 from utils.cli import InputError, jsonable
 from utils.records import replacing
 from utils.torch_files import one_line, read, tensors
@@ -33,7 +35,8 @@ KEYS = {"model", "config", "buffer", "p0", "step", "epoch", "best", "args", "rng
 # Flags that only say how far, how often or on what to run; a resumed run may change them.
 FREE = {"max_steps", "max_minutes", "ckpt_steps", "print_every", "n_epochs", "keep_every",
         "on_divergence", "max_rollbacks", "num_threads", "run_dir", "data_root", "download",
-        "device", "dry_run"}
+        "device", "dry_run", "compile", "fast", "cudnn_benchmark", "batch_size", "accumulate",
+        "dist_timeout"}
 
 
 @dataclass
@@ -53,10 +56,20 @@ class State:
     log_lines: int = 0  # of train.jsonl when this was saved
     saved_at: int = 0  # step of last.pt
     candidate_at: int = 0  # step of candidate.pt
+    average: AveragedModel | None = None  # --ema: the running average of the weights
+
+    def __post_init__(self):
+        self.net = distributed.wrap(self.model)  # what training passes go through
 
     @property
     def rollbacks(self):
         return self.stream
+
+    def whole_buffer(self):
+        """The replay buffer of all ranks [|B|, 3, H, W] (a call that every rank makes), or None."""
+        if self.buffer is None:
+            return None
+        return distributed.interleave(self.buffer.images)
 
 
 def stream_key(seed, stream):
@@ -64,19 +77,32 @@ def stream_key(seed, stream):
     return seed if stream == 0 else f"{seed}.{stream}"
 
 
-def save(path, state, args, epoch, *, resumable=True, keep_as=None):
-    """Write ``state``; without ``resumable`` the optimiser is left out (best.pt). ``keep_as``: the
-    name that the file which stood there goes on under."""
+def save(path, state, args, epoch, *, judged=None, keep_as=None):
+    """Write ``state``, or the network ``judged`` in place of what resuming needs (best.pt).
+
+    Every rank makes this call; the first one writes. ``keep_as``: the name that the file which
+    stood there goes on under.
+    """
+    distributed.same_buffers(state.model)
+    buffer = state.whole_buffer()
+    if distributed.rank() == 0:
+        write(path, state, buffer, args, epoch, judged, keep_as)
+    distributed.barrier()
+
+
+def write(path, state, buffer, args, epoch, judged, keep_as):
     content = {
-        "format": FORMAT, "model": state.model.state_dict(), "config": dict(state.model.config),
-        "buffer": None if state.buffer is None else state.buffer.images, "p0": state.p0,
+        "format": FORMAT, "model": (judged or state.model).state_dict(),
+        "config": dict(state.model.config), "buffer": buffer, "p0": state.p0,
         "step": state.step, "epoch": epoch, "best": state.best, "args": jsonable(vars(args)),
         # every random number is a function of these three
         "rng": {"seed": args.seed, "stream": state.stream, "step": state.step},
         "lr_factor": state.lr_factor, "guard": state.guard, "log_lines": state.log_lines,
         "versions": {"torch": str(torch.__version__), "python": platform.python_version()}}
-    if resumable:
+    if judged is None:
         content["optimizer"] = state.optimizer.state_dict()
+        if state.average is not None:
+            content["average"] = state.average.state_dict()
     content["sha256"] = digest(content)
     with replacing(path, keep_as=keep_as) as file:
         try:
@@ -172,6 +198,8 @@ def open_any(path):
         step, epoch = content["step"], content["epoch"]
     if not all_finite([*model.state_dict().values()]):
         raise InputError(f"{path}: its weights are not all finite numbers")
+    if isinstance(buffer, torch.Tensor) and buffer.dtype == torch.uint8:  # a published model's
+        buffer = to_pixels(buffer)
     if buffer is not None and not (isinstance(buffer, torch.Tensor) and buffer.dim() == 4
                                    and buffer.shape[1] == 3 and buffer.is_floating_point()):
         raise InputError(f"{path}: its replay buffer is no image tensor [n, 3, H, W]")
@@ -191,9 +219,9 @@ def all_finite(tensors):
 
 
 def is_finite(state):
-    """Whether weights, running statistics and buffer are free of NaN and infinity."""
+    """Whether weights, running statistics and buffers of all ranks are free of NaN and infinity."""
     buffer = [] if state.buffer is None else [state.buffer.images]
-    return all_finite([*state.model.state_dict().values(), *buffer])
+    return all(distributed.gather(all_finite([*state.model.state_dict().values(), *buffer])))
 
 
 def restore(state, path, args):
@@ -207,8 +235,10 @@ def restore(state, path, args):
     try:
         state.model.load_state_dict(content["model"])
         state.optimizer.load_state_dict(content["optimizer"])
+        if state.average is not None:
+            state.average.load_state_dict(content["average"])
         if state.buffer is not None:
-            state.buffer.images.copy_(content["buffer"])
+            state.buffer.images.copy_(own_share(content["buffer"]))
         state.step, state.best = content["step"], content["best"]
         state.stream, state.lr_factor = content["rng"]["stream"], content["lr_factor"]
         state.guard, state.log_lines = dict(content["guard"]), content["log_lines"]
@@ -217,10 +247,16 @@ def restore(state, path, args):
         raise InputError(f"{path} does not fit this run [{one_line(error)}]") from error
 
 
+def own_share(rows):
+    """The slots of the replay buffer that this rank owns."""
+    return rows[distributed.rank()::distributed.world()]
+
+
 def check_same_run(path, saved, args):
     """Refuse to continue a run under other arguments, showing the difference."""
     now, absent = jsonable(vars(args)), "(not there)"
-    names = sorted((saved.keys() | now.keys()) - FREE)
+    free = FREE - ({"n_epochs"} if args.schedule != "steps" else set())  # the rate depends on it
+    names = sorted((saved.keys() | now.keys()) - free)
     changed = [f"--{name} {saved.get(name, absent)} there, {now.get(name, absent)} here"
                for name in names if saved.get(name, absent) != now.get(name, absent)]
     if changed:

@@ -38,18 +38,41 @@ def run(main):
         print(f"{program}: interrupted; the same command starts over or goes on", file=sys.stderr)
         code = EXIT_STOPPED
     except RuntimeError as error:
-        if not ("allocate" in str(error) or "out of memory" in str(error)):
+        if lost_a_process(error):
+            print(f"{program}: error: another process of this job is gone or silent: the same "
+                  f"command goes on from the last checkpoint [{str(error).splitlines()[0][:120]}]",
+                  file=sys.stderr)
+            code = EXIT_STOPPED
+        elif "allocate" in str(error) or "out of memory" in str(error):
+            print(f"{program}: error: not enough memory: {str(error).splitlines()[0][:160]}",
+                  file=sys.stderr)
+            code = EXIT_INPUT
+        else:
             raise
-        print(f"{program}: error: not enough memory: {str(error).splitlines()[0][:160]}",
-              file=sys.stderr)
-        code = EXIT_INPUT
     except OSError as error:
         if error.errno is None:
             raise
         where = f" ({error.filename})" if error.filename else ""
         print(f"{program}: error: {error.strerror}{where}", file=sys.stderr)
         code = EXIT_INPUT
+    if launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # gloo's threads and the interpreter's end can wait for each other for ever
     sys.exit(code)
+
+
+def launched():
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def lost_a_process(error):
+    """Whether PyTorch's engine (gloo, NCCL or its store) gave up on a peer."""
+    import torch.distributed as dist
+
+    return dist.is_initialized() and (isinstance(error, dist.DistError)
+                                      or "gloo" in str(error).lower())
 
 
 def quiet_thread(fault):
@@ -59,7 +82,10 @@ def quiet_thread(fault):
 
 
 def say(message):
-    """Print a line for whoever is watching; work goes on when nobody is any more."""
+    """Print a line for whoever is watching; work goes on when nobody is any more. Of several
+    processes, the first speaks."""
+    if launched() and os.environ.get("RANK") != "0":
+        return
     try:
         print(message, flush=True)
     except BrokenPipeError:
@@ -146,6 +172,8 @@ def add_sampler_flags(p):
                    help="std of the noise after each outer step (JEM: 0.01)")
     g.add_argument("--eps", type=number(float, above=0, finite=False), default=1.0, metavar="ε",
                    help="proximity: bound on each gradient component; inf switches it off")
+    g.add_argument("--step_decay", type=number(float, high=1, above=0), default=1.0, metavar="γ",
+                   help="outer step i is γ^i times as long as the first")
     g.add_argument("--pixel_clamp", action=FLAG, default=True,
                    help="keep chains in [-1, 1] after every inner step")
     g.add_argument("--literal_pyld", action=FLAG, default=False,
@@ -171,6 +199,11 @@ def add_train_flags(p):
                    help="one real batch for p(x) and p(y|x) (Algorithm 2); released: two")
     g.add_argument("--sigma", type=number(float, 0), default=0.03, metavar="σ",
                    help="std of the noise on training images")
+    g.add_argument("--clean_p_x", action=FLAG, default=False,
+                   help="no crop, flip or noise on the real batch of p(x) (SADA-JEM)")
+    g.add_argument("--label_smoothing", type=RATE, default=0.0, help="of the cross-entropy")
+    g.add_argument("--alternating_flip", action=FLAG, default=False,
+                   help="mirror each image every other epoch instead of at random")
     g.add_argument("--adversarial", choices=("none", "linf", "l2"), default="none",
                    help="PGD adversarial training of p(y|x) in this ball (a baseline of Fig. 9)")
     g.add_argument("--adv_eps", type=number(float, above=0), default=None, metavar="ε",
@@ -179,14 +212,35 @@ def add_train_flags(p):
     g = p.add_argument_group("optimiser")
     g.add_argument("--optimizer", choices=("sgd", "adam"), default="sgd",
                    help="SGD with momentum 0.9, or Adam with betas 0.9 and 0.999")
+    g.add_argument("--nesterov", action=FLAG, default=False, help="Nesterov momentum (SGD)")
     g.add_argument("--lr", type=number(float, above=0), default=None,
                    help="learning rate (sgd 0.1, adam 0.0001)")
     g.add_argument("--weight_decay", type=number(float, 0), default=4e-4, help="L2, all weights")
+    g.add_argument("--schedule", choices=("steps", "cosine", "linear"), default="steps",
+                   help="of the rate after its warm-up: steps at --decay_epochs, or down to 0 at "
+                        "the end of --n_epochs (linear: a one-cycle schedule)")
     g.add_argument("--warmup_iters", type=NATURAL, default=1000, help="steps of linear warm-up")
     g.add_argument("--decay_epochs", type=NATURAL, nargs="*", default=[50, 100, 125],
                    help="epochs at which the learning rate is multiplied by --decay_rate")
     g.add_argument("--decay_rate", type=number(float, above=0), default=0.2, help="see above")
-    g.add_argument("--batch_size", type=POSITIVE, default=64, metavar="B", help="images a pass")
+    g.add_argument("--batch_size", type=POSITIVE, default=None, metavar="B",
+                   help="images a pass, real or sampled (64)")
+    g.add_argument("--labelled_batch", type=POSITIVE, default=None, metavar="B",
+                   help="images in the batch of p(y|x) (--batch_size)")
+    g.add_argument("--accumulate", type=POSITIVE, default=1, metavar="k",
+                   help="parts of B images whose gradients are averaged in one step")
+    g.add_argument("--global_batch_size", type=POSITIVE, default=None,
+                   help="images a step over all processes and parts; gives --batch_size")
+    g.add_argument("--lr_scaling", choices=("none", "sqrt", "linear"), default="none",
+                   help="multiply --lr by (global batch / 64), or its root")
+    g.add_argument("--sync_bn", action=FLAG, default=False,
+                   help="batch statistics over all processes' images (default: each its own)")
+    g.add_argument("--sam", type=number(float, 0), default=0.0, metavar="ρ",
+                   help="sharpness-aware minimisation with this radius (SADA-JEM); 0 is off")
+    g.add_argument("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY",
+                   help="evaluate (and keep in best.pt) a running average of the weights; 0 is off")
+    g.add_argument("--recalibrate_bn", type=NATURAL, default=0, metavar="n",
+                   help="evaluate with running statistics over n training images; 0 is off")
     g.add_argument("--n_epochs", type=POSITIVE, default=150, help="epochs of labelled images")
     g = p.add_argument_group("run")
     g.add_argument("--run_dir", default="runs/jempp", metavar="RUN", help="all output goes here")
@@ -211,9 +265,27 @@ def add_train_flags(p):
                    help="a checkpoint is good to go back to once the run survived it so long")
     g.add_argument("--check_every", type=POSITIVE, default=10, metavar="STEPS",
                    help="on a GPU, steps between looks at the device (CPU: every step)")
+    g.add_argument("--dist_timeout", type=number(float, above=0), default=10.0, metavar="MINUTES",
+                   help="under torchrun: a process silent for so long ends the job")
     g.add_argument("--keep_every", type=POSITIVE, default=None, metavar="K",
                    help="also keep epoch_NNNN.pt every K epochs, to evaluate (Fig. 6)")
     g.add_argument("--dry_run", action="store_true", help="print the resolved options and stop")
+
+
+def add_speed_flags(p):
+    g = p.add_argument_group("speed")
+    g.add_argument("--fast", action=FLAG, default=False,
+                   help="the switches below that pay: on a CPU --compile default, on a GPU "
+                        "--compile reduce-overhead --amp bf16 --cudnn_benchmark")
+    g.add_argument("--compile", choices=("off", "default", "reduce-overhead", "max-autotune"),
+                   default=None, help="torch.compile of the network's passes, by mode; the first "
+                   "steps take a minute; reduce-overhead and max-autotune use CUDA graphs (off)")
+    g.add_argument("--amp", choices=("off", "bf16"), default=None,
+                   help="bfloat16 autocast inside the network; all else stays float32 (off)")
+    g.add_argument("--tf32", action=FLAG, default=False,
+                   help="let a GPU round float32 products to 10 bits")
+    g.add_argument("--cudnn_benchmark", action=FLAG, default=None,
+                   help="let cuDNN choose its algorithms by trial (off)")
 
 
 def check_sampler(args):
@@ -232,23 +304,6 @@ def add_device_flags(p):
                    help="on a GPU, same bits for the same seed (a CPU's are anyway); slower")
     g.add_argument("--channels_last", action=FLAG, default=True,
                    help="memory layout of images and weights; changes rounding only")
-
-
-def pick_device(name, num_threads):
-    """The torch.device called ``name``, checked by putting a number there."""
-    import torch
-
-    if num_threads:
-        torch.set_num_threads(num_threads)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name} cannot be used here: {reason}") from error
-    return device
 
 
 def print_json(options):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from samplers import to_pixels
+from utils import distributed
 from utils.cli import InputError, Unavailable
 from utils.seeding import generator
 
@@ -86,7 +87,8 @@ def from_torchvision(name, train, root, download):
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        dataset = dataset_class(str(root), download=download, **split)
+        with distributed.first_goes_ahead():
+            dataset = dataset_class(str(root), download=download, **split)
     except (RuntimeError, OSError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "check the network, or put" if download else "drop --no-download to fetch it, or put"
@@ -140,63 +142,87 @@ def reflect(index, size):
     return torch.where(index > size - 1, 2 * (size - 1) - index, index)
 
 
-def crop_and_flip(x, indices, pad, flip, generator):
-    """Images x[indices], each reflect-padded by ``pad``, cropped at random and, if ``flip``,
-    mirrored with probability 1/2: uint8 [B, C, H, W], by one gather and no padded copy."""
+def crop_and_flip(x, indices, pad, mirrored, generator):
+    """Images x[indices], each reflect-padded by ``pad``, cropped at random and, where ``mirrored``
+    [B] (or None) says so, flipped: uint8 [B, C, H, W], by one gather and no padded copy."""
     n, (height, width), device = len(indices), x.shape[-2:], x.device
     shift = torch.randint(-pad, pad + 1, (2, n, 1), generator=generator, device=device)
     rows = reflect(torch.arange(height, device=device) + shift[0], height)
     columns = reflect(torch.arange(width, device=device) + shift[1], width)
-    if flip:
-        mirrored = torch.rand(n, 1, generator=generator, device=device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
+    if mirrored is not None:
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     channels = torch.arange(x.shape[1], device=device)
     return x[indices[:, None, None, None], channels[None, :, None, None],
              rows[:, None, :, None], columns[:, None, None, :]]
 
 
 class TrainData:
-    """Augmented, noisy training batches; every batch is a function of (seed, step) alone.
+    """Augmented, noisy training batches; every batch is a function of (seed, step, part) alone.
 
-    ``batch(step)`` gives x_pos for p(x) and (x_lab, y_lab) for p(y|x), images [B, 3, H, W] float32.
-    Two independent epoch orders (the released code) or, with ``shared_batch``, one batch for both
-    (Algorithm 2). The last partial batch of an epoch is dropped.
+    A step's global batch has ``parts`` parts (processes x accumulated passes) of ``batch_size``
+    images for p(x) and a share of ``labelled_batch`` (default: as many) for p(y|x), no image in two
+    of them. ``batch(step, part)`` gives x_pos for p(x) and (x_lab, y_lab) for p(y|x), images
+    [B, 3, H, W] float32 on the device, labels on the host. Two independent epoch
+    orders (the released code) or, with ``shared_batch``, one batch for both (Algorithm 2). The last
+    partial batch of an epoch is dropped; an epoch is one of labelled images.
     """
 
-    def __init__(self, images, spec, *, batch_size, sigma, seed, shared_batch=False):
-        if batch_size > len(images.y):
-            raise InputError(f"--batch_size {batch_size} is larger than the {len(images.y)} "
-                             "training images")
-        self.images, self.spec, self.sigma, self.seed = images, spec, sigma, seed
-        self.batch_size, self.shared_batch = batch_size, shared_batch
-        self.device, self.steps_per_epoch = images.x.device, len(images.y) // batch_size
+    def __init__(self, images, spec, *, batch_size, sigma, seed, labelled_batch=None, parts=1,
+                 shared_batch=False, clean_p_x=False, alternating_flip=False):
+        self.sizes = {"labelled": labelled_batch or parts * batch_size,
+                      "unlabelled": parts * batch_size}
+        if max(self.sizes.values()) > len(images.y):
+            raise InputError(f"a batch of {max(self.sizes.values())} is larger than the "
+                             f"{len(images.y)} training images")
+        self.images, self.spec, self.sigma, self.seed, self.parts = images, spec, sigma, seed, parts
+        self.shared_batch, self.clean_p_x = shared_batch, clean_p_x
+        self.alternating_flip, self.labels = alternating_flip, images.y.cpu()
+        self.device = images.x.device
+        self.steps_per_epoch = self.epoch_steps("labelled")
         self.orders = {}
+
+    def epoch_steps(self, stream):
+        return len(self.images.y) // self.sizes[stream]
 
     def reseed(self, seed):
         """Other epoch orders, crops and noise from here on (after a rollback)."""
         self.seed, self.orders = seed, {}
 
-    def indices(self, stream, step):
-        """The images of ``step`` in the epoch order of ``stream``."""
-        epoch, position = divmod(step, self.steps_per_epoch)
+    def indices(self, stream, step, part=0):
+        """The images (on the host) of one part of ``step`` in the epoch order of ``stream``."""
+        epoch, position = divmod(step, self.epoch_steps(stream))
         if self.orders.get(stream, (None, None))[0] != epoch:
-            order = torch.randperm(len(self.images.y),
-                                   generator=generator("cpu", self.seed, "order", stream, epoch))
-            self.orders[stream] = epoch, order.to(self.device)
-        start = position * self.batch_size
-        return self.orders[stream][1][start:start + self.batch_size]
+            self.orders[stream] = epoch, torch.randperm(
+                len(self.images.y), generator=generator("cpu", self.seed, "order", stream, epoch))
+        size = self.sizes[stream] // self.parts
+        start = position * self.sizes[stream] + part * size
+        return self.orders[stream][1][start:start + size]
 
-    def draw(self, stream, step):
+    def mirrored(self, stream, step, indices, random):
+        """Which images [B] (of ``indices`` on the host) to flip; None where flips make no sense."""
+        if not self.spec.flip:
+            return None
+        if not self.alternating_flip:
+            return torch.rand(len(indices), generator=random, device=self.device) < 0.5
+        first = torch.rand(len(self.labels), generator=generator("cpu", self.seed, "flip")) < 0.5
+        odd = bool(step // self.epoch_steps(stream) % 2)
+        return (first[indices] ^ odd).to(self.device, non_blocking=True)
+
+    def draw(self, stream, step, part=0):
         """(x, y) of one stream: cropped, flipped, scaled to [-1, 1], plus noise not clamped."""
-        noise = generator(self.device, self.seed, "augment", stream, step)
-        indices = self.indices(stream, step)
-        x = crop_and_flip(self.images.x, indices, self.spec.pad, self.spec.flip, noise)
+        indices = self.indices(stream, step, part)
+        y, on_device = self.labels[indices], indices.to(self.device, non_blocking=True)
+        if stream == "unlabelled" and self.clean_p_x:
+            return to_pixels(self.images.x[on_device]), y
+        noise = generator(self.device, self.seed, "augment", stream, step, part)
+        mirrored = self.mirrored(stream, step, indices, noise)
+        x = crop_and_flip(self.images.x, on_device, self.spec.pad, mirrored, noise)
         x = to_pixels(x)
         if self.sigma:
             x += self.sigma * torch.randn(x.shape, generator=noise, device=x.device)
-        return x, self.images.y[indices]
+        return x, y
 
-    def batch(self, step):
-        x_lab, y_lab = self.draw("labelled", step)
-        x_pos = x_lab if self.shared_batch else self.draw("unlabelled", step)[0]
+    def batch(self, step, part=0):
+        x_lab, y_lab = self.draw("labelled", step, part)
+        x_pos = x_lab if self.shared_batch else self.draw("unlabelled", step, part)[0]
         return x_pos, (x_lab, y_lab)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from samplers import to_pixels
-from utils import calibration, generation, ood, plots, robustness
+from utils import calibration, distributed, generation, ood, plots, robustness
 from utils.checkpoint import open_any
 from utils.cli import InputError, Unavailable
 from utils.data import load
@@ -32,7 +32,8 @@ class Number(NamedTuple):
 
 def skip(what, error):
     """Say in one line what is left out; the other evaluations go on."""
-    print(f"left out: {what}: {error}", file=sys.stderr)
+    if distributed.rank() == 0:
+        print(f"left out: {what}: {error}", file=sys.stderr)
 
 
 def accuracy(s, out):
@@ -247,7 +248,7 @@ def robust(s, out):
                 continue
             try:
                 result = run(s.model, x, y, [0.0, *eps], norm, batch_size=a.batch_size,
-                             seed=a.seed, progress=sys.stderr.isatty(), **settings)
+                             seed=a.seed, **settings)
             except Unavailable as error:  # AutoAttack is an optional dependency
                 skip(f"{attack} {norm}", error)
                 continue

@@ -22,9 +22,8 @@ import torch
 from pytorch_fid.fid_score import calculate_frechet_distance
 from scipy.special import rel_entr
 from torch import nn
-from tqdm import tqdm
 
-from utils import torch_files
+from utils import distributed, torch_files
 from utils.cli import InputError, Unavailable
 from utils.data import DOWNLOAD_TIMEOUT
 from utils.inference import predict
@@ -43,7 +42,8 @@ def inception(weights=None, download=True):
     The file is ``weights``, else the one in the torch hub cache, else (with ``download``) what
     pytorch-fid would fetch. InputError, in one line, if there is none or it holds something else.
     """
-    path = find_weights(weights, download)
+    with distributed.first_goes_ahead():
+        path = find_weights(weights, download)
     try:
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         state = torch_files.read(path)
@@ -81,22 +81,19 @@ def find_weights(weights, download):
 
 
 @torch.no_grad()
-def inception_outputs(network, images, batch_size=50, progress=True):
+def inception_outputs(network, images, batch_size=50):
     """(features [N, 2048], probabilities [N, 1008]), float64, of uint8 images [N, 3, H, W].
 
     Runs on the network's device, on images / 255 as pytorch-fid does with image files.
     """
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"images are uint8 [N, 3, H, W], got {images.dtype} {images.shape}")
-    n_classes, n_features = network.last.shape
-    features, probabilities = (np.empty((len(images), size)) for size in (n_features, n_classes))
-    # disable=None: silent unless the output is a terminal.
-    for start in tqdm(range(0, len(images), batch_size), "Inception",
-                      disable=None if progress else True):
-        part = slice(start, start + batch_size)
-        pool3 = network(images[part].to(network.last.device).float() / 255)[0].flatten(1)
-        features[part] = pool3.cpu().numpy()
-        probabilities[part] = (pool3 @ network.last.T).double().softmax(1).cpu().numpy()
+    def outputs(part):
+        pool3 = network(part.to(network.last.device).float() / 255)[0].flatten(1)
+        return pool3.double().cpu(), (pool3 @ network.last.T).double().softmax(1).cpu()
+
+    parts = distributed.spread(outputs, images.split(batch_size), "Inception")
+    features, probabilities = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
     return features, probabilities
 
 
@@ -236,10 +233,12 @@ def reference_statistics(path, compute):
     kept = np.linspace(0, len(features) - 1, min(len(features), KEPT_FEATURES)).astype(np.int64)
     reference = Reference(*statistics(features), len(features), features[kept].astype(np.float32))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            np.savez(file, **reference._asdict())
+        if distributed.rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                np.savez(file, **reference._asdict())
     except OSError as error:  # a shared data folder may be read-only
         print(f"{path} cannot be written and will be computed again [{one_line(error)}]",
               file=sys.stderr)
+    distributed.barrier()  # the next time, all find it or none does
     return reference

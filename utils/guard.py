@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from utils import checkpoint
+from utils import checkpoint, distributed
 
 SATURATED = 0.995  # of a chain's pixels at their bounds: chains of one flat colour, no image
 COLLAPSED = 0.5  # of the best training accuracy so far
@@ -26,7 +26,7 @@ class Guard:
 
     def __init__(self, args, n_classes):
         self.max_loss, self.max_gap, self.chance = args.max_loss, args.max_gap, 1 / n_classes
-        self.images = args.batch_size / (1 - MEMORY)  # that the running mean is taken over
+        self.images = args.labelled_batch / (1 - MEMORY)  # that the running mean is taken over
 
     def look(self, state, rows):
         """The (step, cause) of the first fault in ``rows``, the scalars {name: number} of the steps
@@ -59,10 +59,11 @@ class Guard:
 
 
 def fetch(window):
-    """The scalars of a window of steps [{name: tensor}] as numbers, by one copy from the device."""
+    """The scalars of a window of steps [{name: tensor}] as numbers, by one copy from the device;
+    of several processes, their means."""
     names = list(window[0])
-    values = torch.stack([torch.stack([m[k] for k in names]) for m in window]).tolist()
-    return [dict(zip(names, row, strict=True)) for row in values]
+    values = torch.stack([torch.stack([m[k] for k in names]) for m in window]).double().cpu()
+    return [dict(zip(names, row, strict=True)) for row in distributed.mean(values).tolist()]
 
 
 def save_last(run_dir, state, args, epoch, log):
@@ -73,11 +74,12 @@ def save_last(run_dir, state, args, epoch, log):
     saves, good.pt is then about 2 --good_after steps old.
     """
     last, candidate, good = (Path(run_dir) / f"{name}.pt" for name in ("last", "candidate", "good"))
-    if candidate.exists() and state.step - state.candidate_at >= args.good_after:
-        candidate.replace(good)
     keep_as = None
-    if last.exists() and not candidate.exists():
-        keep_as, state.candidate_at = candidate.name, state.saved_at
+    if distributed.rank() == 0:
+        if candidate.exists() and state.step - state.candidate_at >= args.good_after:
+            candidate.replace(good)
+        if last.exists() and not candidate.exists():
+            keep_as, state.candidate_at = candidate.name, state.saved_at
     state.log_lines, state.saved_at = log.lines, state.step
     checkpoint.save(last, state, args, epoch, keep_as=keep_as)
 
@@ -106,21 +108,24 @@ def roll_back(step, cause, run_dir, state, args, fresh, log):
     last.pt at once, so that a crash cannot undo the decision; what lies after it goes."""
     stream, lr_factor = state.stream + 1, state.lr_factor * args.rollback_lr_factor
     best = state.best  # best.pt stays the best of the whole run, what was rolled back included
+    distributed.barrier()  # nobody writes while all look for it
     for path in saved_states(run_dir):
         if path.name == "good.pt" or step - checkpoint.step_of(path) > args.good_after:
             checkpoint.restore(state, path, args)
             break
     else:
         vars(state).update(vars(fresh(stream)))
+    distributed.barrier()
     state.stream, state.lr_factor, state.best = stream, lr_factor, best
     log.write("rollback", step, to_step=state.step, cause=cause, rollbacks=stream)
     state.log_lines, state.saved_at = log.lines, state.step
     checkpoint.save(Path(run_dir) / "last.pt", state, args, None)
-    for path in saved_states(run_dir)[1:]:
-        if checkpoint.step_of(path) > state.step:
-            path.unlink()
-    candidate = Path(run_dir) / "candidate.pt"
-    state.candidate_at = checkpoint.step_of(candidate) if candidate.exists() else 0
+    if distributed.rank() == 0:
+        for path in saved_states(run_dir)[1:]:
+            if checkpoint.step_of(path) > state.step:
+                path.unlink()
+        candidate = Path(run_dir) / "candidate.pt"
+        state.candidate_at = checkpoint.step_of(candidate) if candidate.exists() else 0
     log.start_clock(state.step)
 
 

@@ -1,9 +1,10 @@
 """Running a network over a data set."""
 
 import torch
-from tqdm import tqdm
 
 from samplers import to_pixels
+from utils import distributed
+from utils.machine import eager
 from utils.seeding import generator
 
 
@@ -13,17 +14,20 @@ def predict(model, x, batch_size=500, sigma=0.0, seed=0):
 
     ``sigma``: std of noise added to the [-1, 1] images; image i's depends on (seed, i) alone.
     """
-    training, outputs = model.training, []
-    model.eval()
-    for start in tqdm(range(0, len(x), batch_size), "images", leave=False, disable=None):
+    def logits(start):
         part = to_pixels(x[start:start + batch_size])
         if sigma:
             noise = [torch.randn(part.shape[1:], generator=generator("cpu", seed, "noise", i))
                      for i in range(start, start + len(part))]
             part = part + sigma * torch.stack(noise).to(part.device)
-        outputs.append(model(part))
+        return model(part).cpu()
+
+    training = model.training
+    model.eval()
+    with eager():
+        outputs = distributed.spread(logits, range(0, len(x), batch_size), "images")
     model.train(training)
-    return torch.cat(outputs)
+    return torch.cat(outputs).to(x.device)
 
 
 def accuracy(model, images):

@@ -20,7 +20,7 @@ from torchvision.datasets import CelebA
 from models import energy
 from samplers import to_pixels
 from samplers.sgld import input_gradient
-from utils import data
+from utils import data, distributed
 from utils.cli import InputError, Unavailable
 from utils.seeding import generator
 
@@ -89,15 +89,17 @@ def gradient_norm_score(model, x_uint8, batch_size=500):
     """
     if x_uint8.dtype != torch.uint8:
         raise ValueError(f"images are uint8 here, got {x_uint8.dtype}")
-    training, norms = model.training, []
+    def norms(part):
+        gradient = input_gradient(model.energy, to_pixels(part)).flatten(1)  # E = -log p(x)
+        return torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float64).cpu()
+
+    training = model.training
     model.eval()
     try:
-        for part in x_uint8.split(batch_size):
-            gradient = input_gradient(model.energy, to_pixels(part)).flatten(1)  # E = -log p(x)
-            norms.append(torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float64))
+        parts = distributed.spread(norms, x_uint8.split(batch_size), "gradients")
     finally:
         model.train(training)
-    return -torch.cat(norms)
+    return -torch.cat(parts).to(x_uint8.device)
 
 
 def check_names(names):

@@ -12,11 +12,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
+from models import frozen
 from samplers import to_pixels
+from utils import distributed
 from utils.cli import InputError, Unavailable
 from utils.inference import predict
+from utils.machine import eager
 from utils.seeding import generator
 
 AUTOATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")  # its standard version, in its order
@@ -142,22 +144,21 @@ def watch(module, inputs, logits):
 
 
 @contextmanager
-def frozen(model):
+def under_attack(model):
     """Inside: eval mode, constant parameters, finite values. After: all modules as they were."""
     hook = model.register_forward_hook(watch)
-    before = [(m, "training", m.training) for m in model.modules()]
-    before += [(p, "requires_grad", p.requires_grad) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
     try:
-        model.eval().requires_grad_(False)
-        with torch.enable_grad():
+        model.eval()
+        with frozen(model), eager(), torch.enable_grad():
             yield
     finally:
         hook.remove()
-        for owner, name, value in before:
-            setattr(owner, name, value)
+        for module, training in modes:
+            module.training = training
 
 
-def robust_accuracy(model, x, y, eps, norm, attack, *, batch_size=100, progress=False):
+def robust_accuracy(model, x, y, eps, norm, attack, *, batch_size=100):
     """``Robustness`` of images ``x`` uint8 [N, 3, H, W], labels ``y`` [N], at budgets ``eps`` under
     ``attack(x, y, radius, indices) -> x_adv``; InputError for input that makes no sense."""
     if norm not in ("linf", "l2") or not len(eps) or not all(0 <= e < math.inf for e in eps):
@@ -166,18 +167,22 @@ def robust_accuracy(model, x, y, eps, norm, attack, *, batch_size=100, progress=
         raise InputError("an attack needs uint8 images, each with a label, and a batch size > 0")
     device, robust = next(model.parameters()).device, torch.zeros(len(eps), len(x)).bool()
     x, y = x.to(device), y.to(device).long()
-    with frozen(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    def survivors(i):
+        x_0 = to_pixels(x[i])
+        x_adv = attack(x_0, y[i], radius, i)
+        if (x_adv.abs() > 1).any() or (lengths(x_adv - x_0, norm) > radius + 1e-4).any():
+            raise RuntimeError(f"an attack left the image box or its {norm} ball")
+        return (model(x_adv).argmax(1) == y[i]).cpu()
+
+    with under_attack(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         correct = predict(model, x, batch_size).argmax(1) == y
         alive = correct.clone()
         for row in sorted(range(len(eps)), key=eps.__getitem__):
             radius, todo = ball_radius(eps[row], norm), alive.nonzero().squeeze(1)
-            parts = todo.split(batch_size) if radius and len(todo) else ()
-            for i in tqdm(parts, f"{norm} {eps[row]:g}", leave=False, disable=not progress):
-                x_0 = to_pixels(x[i])
-                x_adv = attack(x_0, y[i], radius, i)
-                if (x_adv.abs() > 1).any() or (lengths(x_adv - x_0, norm) > radius + 1e-4).any():
-                    raise RuntimeError(f"an attack left the image box or its {norm} ball")
-                alive[i] = model(x_adv).argmax(1) == y[i]
+            if radius and len(todo):
+                parts = distributed.spread(survivors, todo.split(batch_size),
+                                           f"{norm} {eps[row]:g}")
+                alive[todo] = torch.cat(parts).to(device)
             robust[row] = alive.cpu()
     return Robustness(list(eps), robust.double().mean(1), robust, correct.cpu())
 

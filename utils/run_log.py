@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from utils import plots, records
+from utils import distributed, plots, records
 
 
 class RunLog:
@@ -13,12 +13,16 @@ class RunLog:
 
     A resumed run keeps the ``n_kept`` lines that its checkpoint knows of and cuts off what came
     after, so that the file reads as if the run had never stopped; a ``resume`` line says that it
-    did. Rollbacks are not cut off: what was lost by one stays on record.
+    did. Rollbacks are not cut off: what was lost by one stays on record. Of several processes, the
+    first writes.
     """
 
     def __init__(self, run_dir, first_step, header, n_kept=0):
-        self.dir = Path(run_dir)
+        self.dir, self.lines, self.writes = Path(run_dir), 0, distributed.rank() == 0
         self.file = self.dir / "train.jsonl"
+        self.since = time.monotonic(), first_step
+        if not self.writes:
+            return
         kept = records.read_jsonl(self.file)[:n_kept] if n_kept else []
         opening = {"kind": "resume" if kept else "header", "step": first_step, **header,
                    "time": records.now()}
@@ -26,10 +30,11 @@ class RunLog:
         self.lines = len(kept) + 1
         (self.dir / "samples").mkdir(exist_ok=True)
         self.board = SummaryWriter(self.dir, purge_step=first_step + 1)
-        self.since = time.monotonic(), first_step
 
     def write(self, kind, step, **values):
         """One record, and its numbers as TensorBoard scalars."""
+        if not self.writes:
+            return
         records.append_jsonl(self.file, {"kind": kind, "step": step, **values})
         self.lines += 1
         for name, value in values.items():
@@ -44,17 +49,20 @@ class RunLog:
         """The mean of each logged scalar over the steps since the last record."""
         seconds, n_steps = time.monotonic() - self.since[0], state.step - self.since[1]
         rate = {"lr": state.optimizer.param_groups[0]["lr"],
-                "images_per_s": n_steps * args.batch_size / max(seconds, 1e-9)}
+                "images_per_s": n_steps * args.labelled_batch / max(seconds, 1e-9)}
         gap = {"gap": means["e_pos"] - means["e_neg"]} if "e_pos" in means else {}
         self.write("step", state.step, **means, **gap, **rate)
         self.start_clock(state.step)
 
     def samples(self, name, x, step):
         """A grid of images [n, 3, H, W] as ``RUN/samples/name.png`` and in TensorBoard."""
+        if not self.writes:
+            return
         picture = plots.grid(x)
         plots.save_image(self.dir / "samples" / f"{name}.png", picture)
         self.board.add_image("samples", picture, step)
 
     def close(self, step, **values):
         self.write("end", step, **values, time=records.now())
-        self.board.close()
+        if self.writes:
+            self.board.close()

@@ -19,7 +19,7 @@ def generator(device, *key):
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def seed_step(seed, step, rank, device):
-    """The streams of one training step (0-based) on one rank."""
-    return Streams(generator("cpu", seed, step, rank, "host"),
-                   generator(device, seed, step, rank, "device"))
+def seed_step(seed, step, part, device):
+    """The streams of one part (of a process, or accumulated) of a training step (0-based)."""
+    return Streams(generator("cpu", seed, step, part, "host"),
+                   generator(device, seed, step, part, "device"))

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from models import frozen
 from samplers import ClassGaussians, UniformInit, make_sampler
-from utils import plots
+from utils import distributed, plots
 from utils.checkpoint import Opened
 from utils.cli import InputError, Unavailable
 from utils.data import SPECS, Images, load_splits
@@ -27,11 +28,14 @@ class Output(NamedTuple):
     stem: str
 
     def npz(self, name, **arrays):
+        if distributed.rank():
+            return  # the first process writes
         with replacing(self.folder / f"{self.stem}_{name}.npz") as file:
             np.savez_compressed(file, **arrays)
 
     def figure(self, name, figure):
-        plots.save_figure(self.folder / f"{self.stem}_{name}.png", figure)
+        if distributed.rank() == 0:
+            plots.save_figure(self.folder / f"{self.stem}_{name}.png", figure)
 
 
 @dataclass
@@ -111,17 +115,24 @@ class Subject:
         model = copy.deepcopy(self.model).train(a.sample_mode == "train")
         each = [len(p) for p in torch.arange(a.chain_steps).tensor_split(snapshots)]
         draws = [make_sampler(argparse.Namespace(**vars(a) | {"n_steps": k})) for k in each]
-        collected = [[] for _ in range(snapshots + 1)]
-        for batch, indices in enumerate(torch.arange(n).split(a.chain_batch)):
+        p0 = self.p0
+
+        def run(batch_and_indices):
+            batch, indices = batch_and_indices
             streams = seed_step(a.seed, batch, "evaluation", self.device)
             labels = None if y is None else y[indices]
-            x = self.p0.sample(len(indices), labels, host=streams.host, generator=streams.device)
+            x = p0.sample(len(indices), labels, host=streams.host, generator=streams.device)
             labels = None if labels is None else labels.to(self.device)
-            collected[0].append(x.cpu())
-            for draw, into in zip(draws, collected[1:], strict=True):
+            stations = [x.cpu()]
+            for draw in draws:
                 x = draw(model, x, y=labels, generator=streams.device)
-                into.append(x.cpu())
-        return [torch.cat(parts) for parts in collected]
+                stations.append(x.cpu())
+            return stations
+
+        with frozen(model):
+            batches = distributed.spread(run, enumerate(torch.arange(n).split(a.chain_batch)),
+                                         "chains")
+        return [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
     def n_generated(self):
         """How many images --source and --n_samples ask for."""

@@ -1,0 +1,99 @@
+"""The machine's switches: device, precision, memory, compilation."""
+
+import ctypes
+import logging
+import os
+
+import torch
+
+from utils.cli import InputError
+
+# What --fast turns on, by kind of device.
+FAST = {"cpu": {"compile": "default"},
+        "cuda": {"compile": "reduce-overhead", "amp": "bf16", "cudnn_benchmark": True}}
+OFF = {"compile": "off", "amp": "off", "cudnn_benchmark": False}
+
+
+def pick_device(name, num_threads):
+    """The torch.device called ``name``, checked by putting a number there. Under torchrun, a plain
+    ``cuda`` (or auto) is the GPU of this process's local rank."""
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    if name == "auto":
+        name = kind(name)
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name} cannot be used here: {reason}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+    return device
+
+
+def kind(name):
+    """``cpu`` or ``cuda`` (or what ``name`` begins with) of a --device."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name.split(":")[0]
+
+
+def keep_freed_memory(keep=True):
+    """Have glibc keep the memory of freed tensors for the next ones, as a GPU's allocator does.
+
+    By default large tensors are mappings of their own, or are given back when freed, and the kernel
+    fills them with zeros page by page at first touch: a fifth of an iteration of small networks.
+    ``keep=False`` goes back to what glibc's own rules come to with tensors of many sizes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        m_trim_threshold, m_top_pad, m_mmap_threshold, m_mmap_max = -1, -2, -3, -4  # malloc.h
+        mallopt(m_mmap_max, 0 if keep else 65536)
+        mallopt(m_mmap_threshold, 32 * 2**20)  # the most that glibc adapts it to
+        mallopt(m_trim_threshold, 2**31 - 1 if keep else 64 * 2**20)
+        mallopt(m_top_pad, 64 * 2**20 if keep else 128 * 2**10)
+
+
+def fill_in_switches(args):
+    """The switches that were not typed: off, or with --fast what pays on the device."""
+    fast = FAST.get(kind(args.device), {}) if args.fast else {}
+    for name, off in OFF.items():
+        if getattr(args, name) is None:
+            setattr(args, name, fast.get(name, off))
+
+
+def set_switches(args, device):
+    """Process-wide settings from the flags. InputError where --compile has no compiler."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    torch.backends.cudnn.benchmark = args.cudnn_benchmark and not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    if args.compile != "off":
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # of CUDA on a CPU
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+        except Exception as error:  # whatever a missing or foreign compiler raises
+            reason = str(error).strip().splitlines()[0][:120]
+            raise InputError(f"--compile {args.compile} needs a working compiler (Linux: g++) "
+                             f"that is not here: install one, or --compile off [{reason}]"
+                             ) from error
+
+
+def compiled(model, mode):
+    """``model``, its calls compiled by torch.compile unless ``mode`` is off; in place, so that
+    names, checkpoints and eager evaluation (``eager``) are untouched."""
+    if mode != "off":
+        # one graph for each of: passes with weight gradients, passes of the sampler
+        model.compile(mode=mode, fullgraph=True, dynamic=False)
+    return model
+
+
+def eager():
+    """A context in which compiled networks run uncompiled: for batches of other shapes."""
+    return torch.compiler.set_stance("force_eager")
