@@ -2,13 +2,18 @@
 """Time a sampling call and a training iteration, ours against scripts/literal.py, interleaved.
 
     python scripts/benchmark.py --dataset digits --depth 10 --width 1 --repeats 5 --json
+    python scripts/benchmark.py --networks 28-10 28-2 --M 5 10 20 --N 5 10 20 --jem --fast
+    python scripts/benchmark.py --check        # the same numbers, step by step, instead of times
 
-Takes the flags of train_jempp.py besides its own. Prints medians over the repeats, their ratio,
-the arithmetic rate from counted operations, and a matrix product's rate measured in between
-(float32, TF32 off) as the ceiling.
+Takes the flags of train_jempp.py besides its own. Prints medians over the rounds, in each of which
+every configuration of a network has its turn; their ratio; the arithmetic rate from counted
+operations; and as its ceiling the rate of a matrix product in the precision in use, measured in
+between. On a CPU our turns have the memory settings of utils/machine.py and the literal ones what
+glibc's own rules come to, as the released code has.
 """
 
-import copy
+import argparse
+import functools
 import json
 import statistics
 import sys
@@ -16,6 +21,8 @@ import time
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,109 +30,283 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_jempp  # noqa: E402
 from models import JEM  # noqa: E402
 from samplers import make_sampler  # noqa: E402
-from scripts.literal import OneByOneGaussians, literal_sample, literal_step  # noqa: E402
-from utils import cli, records  # noqa: E402
+from scripts.literal import Literal, check  # noqa: E402
+from utils import cli, machine, records  # noqa: E402
 from utils.seeding import seed_step  # noqa: E402
 
+SWITCHES = ("compile", "amp", "tf32", "cudnn_benchmark", "channels_last")
+JEM_FLAGS = ["--norm", "none", "--init", "uniform", "--optimizer", "adam", "--in_steps", "0",
+             "--sgld_lr", "1", "--sgld_std", "0.01", "--n_steps", "20", "--eps", "inf",
+             "--no-pixel_clamp", "--sample_mode", "eval"]
+# Flags that have to stay: operations are counted for the first, the literal side is the second.
+COUNTED = {"p_x_weight": 1.0, "p_y_given_x_weight": 1.0, "p_x_y_weight": 0.0, "accumulate": 1,
+           "adversarial": "none", "sam": 0.0}
+LITERAL = {"optimizer": "sgd", "nesterov": False, "label_smoothing": 0.0, "ema": 0.0,
+           "init": "informative", "sample_mode": "train", "sgld_lr": 0.0, "sgld_std": 0.0,
+           "step_decay": 1.0, "pixel_clamp": True, "class_cond_p_x_sample": False}
+TURN = {"cpu": 1, "cuda": 3}  # iterations: on a GPU the host runs ahead of the device
 
-def milliseconds(work, device):
-    """Wall time of ``work()``, the device's queue included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+
+def milliseconds(work, device, n=1):
+    """Wall time of one of ``n`` calls of ``work``, the device's queue included."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1000 * (time.perf_counter() - start)
+    for _ in range(n):
+        work()
+    wait()
+    return 1000 * (time.perf_counter() - start) / n
 
 
-def forward_flop(config, size, batch_size):
+def warm_up(build, iteration, device):
+    """A side by ``build()``, and facts from before the timing: seconds of its first ``iteration``
+    (compilation, choice of algorithms) and the GiB of GPU memory that the side takes at the peak of
+    a later one; ``reserved`` also has what only the allocator sees, as the memory of CUDA graphs.
+    """
+    on_gpu = device.type == "cuda"
+    before = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) if on_gpu else None
+    side = build()
+    facts = {"first_step_s": milliseconds(lambda: iteration(side), device) / 1000,
+             "peak_gib": None, "reserved_gib": None}
+    if on_gpu:
+        milliseconds(lambda: iteration(side), device, 2)  # CUDA graphs are recorded by now
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        milliseconds(lambda: iteration(side), device)
+        facts["peak_gib"] = (torch.cuda.max_memory_allocated() - before[0]) / 2**30
+        facts["reserved_gib"] = (torch.cuda.max_memory_reserved() - before[1]) / 2**30
+        torch.cuda.empty_cache()
+    return side, facts
+
+
+def our_iteration(args, state, data, p0):
+    train_jempp.train_step(args, state, make_sampler(args), data, p0)
+
+
+def our_sampling(args, state, data, p0):
+    streams = seed_step(args.seed, state.step, 0, data.device)
+    train_jempp.sample_negatives(state.model, make_sampler(args), state.buffer, p0,
+                                 args.batch_size, args, streams)
+
+
+def forward_flop(config, size, n_images):
     """Operations (2 per multiply-add) of one forward pass over a batch, counted on no device."""
     with torch.device("meta"):
         model, x = JEM.wide_resnet(**config).eval(), torch.empty(1, 3, size, size)
     with FlopCounterMode(display=False) as counter:
         model(x)
-    return counter.get_total_flops() * batch_size
+    return counter.get_total_flops() * n_images
 
 
-def forward_equivalents(args):
-    """Passes of one iteration in forwards (backward to the input 1, to the weights as well 2)."""
-    real = 3 * bool(args.p_y_given_x_weight) + 3 * bool(args.p_x_weight)
-    return real + bool(args.p_x_weight) * (2 * args.n_steps + 3)
+def forward_images(args):
+    """Images times forward passes that one iteration is worth: a backward pass to the input counts
+    as one more, one to the weights as well as two."""
+    return (2 * args.n_steps + 6) * args.batch_size + 3 * args.labelled_batch
 
 
-def matrix_product_tflops(device, n):
-    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
-    return 2 * n**3 / milliseconds(lambda: a @ b, device) / 1e9
+def matrix_product(args, device):
+    """(a large product in the precision in use, its operations, the precision's name)."""
+    n = 8192 if device.type == "cuda" else 2048
+    name = "bfloat16" if args.amp == "bf16" else "float32"
+    a, b, out = (torch.randn(n, n, device=device).to(getattr(torch, name)) for _ in range(3))
+    rounded = name == "float32" and args.tf32 and device.type == "cuda"
+    return functools.partial(torch.mm, a, b, out=out), 2 * n**3, "tf32" if rounded else name
 
 
-def measure(args, repeats):
-    """One configuration: build it twice, warm both up, then time them turn by turn."""
-    device = cli.pick_device(args.device, args.num_threads)
-    state, data, p0, _, _ = train_jempp.build(args, device)
-    literal = copy.deepcopy(state)
-    literal.model.to(memory_format=torch.contiguous_format)
-    literal.optimizer = torch.optim.SGD(literal.model.parameters(), args.lr, momentum=0.9,
-                                        weight_decay=args.weight_decay)
-    gaussians, draw = OneByOneGaussians(p0), make_sampler(args)
+def prepare(method, several, device, literal):
+    """(method, args, {name: work}, facts) of each of a method's configurations, warmed up. They
+    differ in M and N alone and train on with the same weights."""
+    args = several[0]
+    (state, data, p0), facts = warm_up(lambda: train_jempp.build(args, device)[:3],
+                                       lambda side: our_iteration(args, *side), device)
+    if literal:
+        other, more = warm_up(lambda: Literal(args, data, p0), lambda side: side.step(args), device)
+        facts |= {f"literal_{name}": value for name, value in more.items()}
+    for args in several:
+        work = {"fast_ms": functools.partial(our_iteration, args, state, data, p0),
+                "sampling_ms": functools.partial(our_sampling, args, state, data, p0)}
+        if literal:
+            work |= {"literal_ms": functools.partial(other.step, args),
+                     "literal_sampling_ms": functools.partial(other.sample, args)}
+        facts["flop"] = forward_flop(state.model.config, args.image_size, forward_images(args))
+        yield method, args, work, dict(facts)
 
-    def fast_sampling():
-        streams = seed_step(args.seed, 0, 0, device)
-        train_jempp.sample_negatives(state.model, draw, state.buffer, p0, args, streams)
 
-    timed = {
-        "literal_ms": lambda: literal_step(literal, data.batch(state.step), gaussians, args),
-        "fast_ms": lambda: train_jempp.train_step(args, state, draw, data, p0),
-        "literal_sampling_ms": lambda: literal_sample(literal.model, literal.buffer.images,
-                                                      gaussians, args),
-        "sampling_ms": fast_sampling}
-    size = 4096 if device.type == "cuda" else 2048
-    times, ceiling = {name: [] for name in timed}, []
-    for work in timed.values():
-        work()
-    matrix_product_tflops(device, size)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(repeats):
-        for name, work in timed.items():
-            times[name].append(milliseconds(work, device))
-        ceiling.append(matrix_product_tflops(device, size))
-    result = {name: statistics.median(values) for name, values in times.items()}
-    flop = forward_flop(state.model.config, args.image_size, args.batch_size)
-    result |= {
-        "ratio": result["literal_ms"] / result["fast_ms"],
-        "sampling_ratio": result["literal_sampling_ms"] / result["sampling_ms"],
-        "images_per_s": 1000 * args.batch_size / result["fast_ms"],
-        "tflops": flop * forward_equivalents(args) / result["fast_ms"] / 1e9,
-        "ceiling_tflops": statistics.median(ceiling), "repeats": repeats,
-        "times_ms": times, **records.environment(device),
-        "threads": torch.get_num_threads(), "args": vars(args), "time": records.now()}
-    if device.type == "cuda":
-        result["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-    return result
+def measure(group, own, device):
+    """Times of the configurations {method: [args, ...]} of one network, a result each."""
+    product, product_flop, precision = matrix_product(group["JEM++"][0], device)
+    rows = [row for method, several in group.items() for row in
+            prepare(method, several, device, literal=method == "JEM++" and own.only != "ours")]
+    times, ceiling = [{name: [] for name in work} for _, _, work, _ in rows], []
+    for _ in range(own.repeats):
+        for (_, _, work, _), row_times in zip(rows, times, strict=True):
+            for name, values in row_times.items():
+                machine.keep_freed_memory(not name.startswith("literal"))
+                values.append(milliseconds(work[name], device, TURN[device.type]))
+        machine.keep_freed_memory()
+        ceiling.append(product_flop / milliseconds(product, device, TURN[device.type]) / 1e9)
+    shared = {"ceiling_tflops": statistics.median(ceiling), "ceiling_precision": precision,
+              "repeats": own.repeats, **records.environment(device),
+              "threads": torch.get_num_threads(), "time": records.now()}
+    results = [summary(method, args, row_times, facts | shared)
+               for (method, args, _, facts), row_times in zip(rows, times, strict=True)]
+    for r in results:
+        r["speedup_over"] = {other["method"]: other["fast_ms"] / r["fast_ms"] for other in results
+                             if r["method"] == "JEM++" != other["method"]}
+    if own.profile:
+        with open(own.profile, "a") as file:
+            file.writelines(
+                f"{headline(r)}\n{profile(work['fast_ms'], device, r['fast_ms'])}\n\n"
+                for (_, _, work, _), r in zip(rows, results, strict=True))
+    return results
+
+
+def summary(method, args, times, known):
+    """One configuration's JSON object."""
+    ms = dict.fromkeys(("literal_ms", "fast_ms", "literal_sampling_ms", "sampling_ms"))
+    ms |= {name: statistics.median(values) for name, values in times.items()}
+    tflops = known["flop"] / ms["fast_ms"] / 1e9
+    return {"method": method, **ms, "ratio": ms["literal_ms"] and ms["literal_ms"] / ms["fast_ms"],
+            "sampling_ratio": ms["literal_ms"] and ms["literal_sampling_ms"] / ms["sampling_ms"],
+            "images_per_s": 1000 * args.batch_size / ms["fast_ms"], "tflops": tflops,
+            "ceiling_share": tflops / known["ceiling_tflops"], **known, "times_ms": times,
+            "args": vars(args)}
+
+
+def profile(iteration, device, ms):
+    """Where the time of one iteration goes, as text: kernels and calls of the CUDA runtime on a
+    GPU, operators on a CPU. A GPU is idle for what kernels leave of ``ms``, an iteration's time
+    without the profiler."""
+    on_gpu = device.type == "cuda"
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profiler:
+        milliseconds(iteration, device)
+    events = [e for e in profiler.key_averages() if not e.is_user_annotation]
+    rows = sorted(((e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count, e.key)
+                   for e in events if (e.device_type == DeviceType.CUDA) == on_gpu), reverse=True)
+    total = sum(us for us, _, _ in rows) / 1000
+    lines = [f"  {total:.2f} ms of operators under the profiler, {ms:.2f} ms without it"]
+    if on_gpu:
+        calls = [f"{e.key} {e.count}" for e in events
+                 if e.device_type == DeviceType.CPU and e.key.startswith("cu")]
+        lines = [f"  {sum(count for _, count, _ in rows)} kernels and copies, {total:.2f} ms of "
+                 f"{ms:.2f} ms: GPU idle {max(0.0, 100 - 100 * total / ms):.1f} %",
+                 f"  runtime calls: {', '.join(calls)}"]
+    lines += [f"  {us / 1000:9.2f} ms {us / total / 10:5.1f} % {count:6d} x  {key[:110]}"
+              for us, count, key in rows[:15]]
+    return "\n".join(lines)
+
+
+def headline(r):
+    args = r["args"]
+    return (f"WRN-{args['depth']}-{args['width']} {r['method']}, M={args['n_steps']} "
+            f"N={args['in_steps']}, norm {args['norm']}, B={args['batch_size']}; {r['device']}, "
+            f"{r['threads']} threads; {', '.join(f'{name} {args[name]}' for name in SWITCHES)}")
+
+
+def show(r):
+    """A result for people, in two lines or, of a check, one and one a step."""
+    print(headline(r))
+    for found in r.get("check", []):
+        print(f"    {r['precision']} step {found['step']} - the literal one, largest: weights "
+              f"{found['weights']:.1e} (all: {found['relative']:.1e} of the step), statistics "
+              f"{found['statistics']:.1e}, buffer {found['buffer']:.1e}")
+    if "check" in r:
+        return
+
+    def literal(theirs, ours):
+        return "" if theirs is None else f" (literal {theirs:.5g}, {theirs / ours:.2f}x)"
+
+    words = [f"iteration {r['fast_ms']:.5g} ms" + literal(r["literal_ms"], r["fast_ms"]),
+             f"sampling {r['sampling_ms']:.5g} ms"
+             + literal(r["literal_sampling_ms"], r["sampling_ms"]),
+             f"{r['images_per_s']:.0f} images/s",
+             f"{r['tflops']:.3g} TFLOP/s, {100 * r['ceiling_share']:.1f} % of "
+             f"{r['ceiling_tflops']:.3g} ({r['ceiling_precision']})"]
+    if r["peak_gib"] is not None:
+        words.append(f"peak {r['peak_gib']:.2f} GiB"
+                     + literal(r.get("literal_peak_gib"), r["peak_gib"]))
+    words += [f"{name} takes {value:.2f}x" for name, value in r["speedup_over"].items()]
+    print(f"    {'; '.join(words)}; first iteration {r['first_step_s']:.1f} s")
+
+
+def configurations(own, rest):
+    """[{method: [args, ...]}, ...], one a network. InputError for what cannot be measured."""
+    networks = [["--depth", d, "--width", w] for d, w in own.networks or []] or [[]]
+    samplers = [m + n for m in [["--n_steps", str(m)] for m in own.M or []] or [[]]
+                for n in [["--in_steps", str(n)] for n in own.N or []] or [[]]]
+    groups = []
+    for network in networks:
+        def parsed(words, network=network):
+            return train_jempp.parse_args([*rest, *network, *words])
+
+        several = [parsed(words) for words in samplers]
+        groups.append({"JEM++": several})
+        if own.jem:
+            groups[-1] |= {"JEM": [parsed(JEM_FLAGS)],
+                           "JEM, same norm": [parsed([*JEM_FLAGS, "--norm", several[0].norm])]}
+        keep = COUNTED if own.only == "ours" and not own.check else COUNTED | LITERAL
+        wrong = [f"--{k}" for k, v in keep.items() if getattr(several[0], k) != v]
+        if wrong:
+            raise cli.InputError(f"{', '.join(wrong)}: the literal side has no such thing, or "
+                                 "operations are not counted for it (--only ours allows more)")
+    return groups
+
+
+def network(text):
+    """An argparse type: "28-10" to ("28", "10")."""
+    depth, dash, width = text.partition("-")
+    if not (dash and depth.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no network: depth-width, as in 28-10")
+    return depth, width
+
+
+def checked(group, own, device):
+    """The check of each configuration of JEM++ as a result."""
+    for args in group["JEM++"]:
+        state, data, p0, _, _ = train_jempp.build(args, device)
+        state.step = args.warmup_iters
+        yield {"method": "JEM++", "precision": own.check,
+               "check": check(args, state, data, p0, getattr(torch, own.check)),
+               **records.environment(device), "threads": torch.get_num_threads(),
+               "args": vars(args), "time": records.now()}
 
 
 def main(argv=None):
     p = cli.parser(__doc__.splitlines()[0])
+    p.add_argument("--networks", type=network, nargs="+", metavar="DEPTH-WIDTH",
+                   help="of a grid, as 28-10 28-2 (--depth and --width)")
+    p.add_argument("--M", type=cli.POSITIVE, nargs="+", help="of a grid (--n_steps)")
+    p.add_argument("--N", type=cli.POSITIVE, nargs="+", help="of a grid (--in_steps)")
+    p.add_argument("--jem", action="store_true",
+                   help="time JEM, K = 20, too: as published, and with the same norm as JEM++")
+    p.add_argument("--only", choices=("ours",), help="leave the literal side out")
     p.add_argument("--repeats", type=cli.POSITIVE, default=5, help="interleaved rounds")
-    p.add_argument("--json", action="store_true", help="one JSON object in place of the text")
+    p.add_argument("--profile", metavar="FILE",
+                   help="append a table of where the time of one iteration goes")
+    p.add_argument("--check", nargs="?", choices=("float32", "float64"), const="float32",
+                   help="instead of times, the largest differences between three of our steps and "
+                        "the literal ones from the same states, past the warm-up")
+    p.add_argument("--json", action="store_true", help="a JSON object a configuration, no text")
+    p.add_argument("--show", metavar="FILE", help="print what --json left in FILE, and stop")
     own, rest = p.parse_known_args(argv)
-    args = train_jempp.parse_args(rest)
-    if not args.p_x_weight or not args.in_steps or args.init != "informative":
-        raise cli.InputError("the literal side is PYLD from class Gaussians: keep --p_x_weight, "
-                             "--in_steps and --init as they are")
-    result = measure(args, own.repeats)
-    if own.json:
-        print(json.dumps(cli.jsonable(result)))
+    for r in records.read_jsonl(own.show) if own.show else []:
+        show(r)
+    if own.show:
         return cli.EXIT_OK
-    print(f"WRN-{args.depth}-{args.width}, PYLD-{args.n_steps}-{args.in_steps}, B={args.batch_size}"
-          f", {result['device']}, {result['threads']} threads, medians of {own.repeats}")
-    for what, a, b, ratio in (("sampling call", "literal_sampling_ms", "sampling_ms",
-                               "sampling_ratio"), ("iteration", "literal_ms", "fast_ms", "ratio")):
-        print(f"{what:14s} literal {result[a]:9.1f} ms   ours {result[b]:9.1f} ms   "
-              f"ratio {result[ratio]:.2f}")
-    print(f"{result['images_per_s']:.0f} images/s, {result['tflops']:.3f} TFLOP/s of a measured "
-          f"{result['ceiling_tflops']:.3f}")
+    if own.check:
+        rest = [*rest, "--reinit_freq", "0"]  # both sides are given their x_0
+    groups = configurations(own, rest)
+    first = groups[0]["JEM++"][0]
+    device = machine.pick_device(first.device, first.num_threads)
+    machine.set_switches(first, device)
+    for group in groups:
+        for r in checked(group, own, device) if own.check else measure(group, own, device):
+            if own.json:
+                print(json.dumps(cli.jsonable(r)), flush=True)
+            else:
+                show(r)
+        torch.compiler.reset()  # frees this network's programs and CUDA graphs
     return cli.EXIT_OK
 
 

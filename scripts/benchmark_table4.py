@@ -14,15 +14,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_jempp  # noqa: E402
-from samplers import make_sampler  # noqa: E402
-from scripts.benchmark import milliseconds  # noqa: E402
-from utils import cli, records  # noqa: E402
+from scripts.benchmark import JEM_FLAGS, SWITCHES, TURN, milliseconds, our_iteration  # noqa: E402
+from utils import cli, machine, records  # noqa: E402
 
-JEM = ["--norm", "none", "--init", "uniform", "--optimizer", "adam", "--in_steps", "0",
-       "--sgld_lr", "1", "--sgld_std", "0.01", "--n_steps", "20", "--eps", "inf",
-       "--no-pixel_clamp", "--sample_mode", "eval"]
-ROWS = {"JEM": JEM} | {f"JEM++ M={m} N={n}": ["--n_steps", str(m), "--in_steps", str(n)]
-                       for m in (5, 10, 20) for n in (5, 10, 20)}
+ROWS = {"JEM": JEM_FLAGS} | {f"JEM++ M={m} N={n}": ["--n_steps", str(m), "--in_steps", str(n)]
+                             for m in (5, 10, 20) for n in (5, 10, 20)}
 
 
 def main(argv=None):
@@ -30,18 +26,23 @@ def main(argv=None):
     p.add_argument("--results", required=True, metavar="OUT.jsonl", help="append records here")
     p.add_argument("--repeats", type=cli.POSITIVE, default=5, help="turns of every row")
     own, rest = p.parse_known_args(argv)
-    device, started, work, settings = None, records.now(), {}, {}
-    for row, flags in ROWS.items():
-        args = settings[row] = train_jempp.parse_args([*rest, *flags])
-        device = device or cli.pick_device(args.device, args.num_threads)
-        state, data, p0, _, _ = train_jempp.build(args, device)
-        work[row] = (args, state, make_sampler(args), data, p0)
-    for row in work.values():  # the first step is never typical
-        train_jempp.train_step(*row)
+    settings = {row: train_jempp.parse_args([*rest, *flags]) for row, flags in ROWS.items()}
+    args, started = settings["JEM"], records.now()
+    device = machine.pick_device(args.device, args.num_threads)
+    machine.set_switches(args, device)
+    jem = train_jempp.build(args, device)[:3]
+    jempp = train_jempp.build(settings["JEM++ M=5 N=5"], device)[:3]  # one network for all M, N
+
+    def turn(row):
+        side = jem if row == "JEM" else jempp
+        return milliseconds(lambda: our_iteration(settings[row], *side), device, TURN[device.type])
+
+    for row in ROWS:  # the first step is never typical
+        turn(row)
     times = {row: [] for row in ROWS}
     for _ in range(own.repeats):
-        for row, step in work.items():
-            times[row].append(milliseconds(lambda step=step: train_jempp.train_step(*step), device))
+        for row, values in times.items():
+            values.append(turn(row))
     env = records.environment(device)
     for row, args in settings.items():
         value = statistics.median(times[row])
@@ -49,7 +50,8 @@ def main(argv=None):
             "metric": "iteration_ms", "value": value, "unit": "ms", "n": own.repeats,
             "protocol": {"run": started, "reference": "JEM", "n_steps": args.n_steps,
                          "in_steps": args.in_steps, "times_ms": times[row],
-                         "image_size": args.image_size},
+                         "image_size": args.image_size}
+            | {name: getattr(args, name) for name in SWITCHES},
             "checkpoint": None, "overrides": {}, "method": row, "dataset": args.dataset,
             "seed": args.seed, "training": {k: getattr(args, k) for k in records.TRAINING}
             | {"step": None}, "env": env, "seconds": None, "time": records.now()})

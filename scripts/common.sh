@@ -15,11 +15,13 @@ RUNS=${RUNS:-runs/$SCALE}
 WORDS=("$@")
 EVAL=(--splits test)  # evaluation flags of the scale
 case $SCALE in
-    paper) SIZE=(--depth 28 --width 10) ;;
-    small) SIZE=(--depth 10 --width 1 --batch_size 32 --n_train 4800 --n_epochs 3
+    paper) SIZE=(--depth 28 --width 10) LABELLED=128 ;;
+    small) LABELLED=64
+           SIZE=(--depth 10 --width 1 --batch_size 32 --n_train 4800 --n_epochs 3
                  --warmup_iters 50 --decay_epochs 2 --print_every 50)
            EVAL+=(--attack_restarts 2 --chain_steps 200 --n_attack 300) ;;
-    tiny)  SIZE=(--dataset digits --depth 10 --width 1 --batch_size 16 --n_train 48 --n_epochs 1
+    tiny)  LABELLED=32
+           SIZE=(--dataset digits --depth 10 --width 1 --batch_size 16 --n_train 48 --n_epochs 1
                  --warmup_iters 2 --decay_epochs --print_every 1 --buffer_size 60)
            EVAL+=(--attack_restarts 1 --attack_steps 2 --n_attack 20 --chain_steps 10
                  --chain_batch 20 --n_images 100 --is_splits 2 --kid_subset_size 20 --eps_linf 8 --eps_l2 0.5

@@ -1,15 +1,68 @@
 """The released code's order of work, in our words: what benchmark.py measures against.
 
 Nothing here is meant to be fast. Chains run Algorithm 1 by a full backward pass over the network
-(weight gradients included, graph retained) and N passes through the stem; each iteration draws a
-Gaussian for every chain, one by one, of which it uses those to be re-initialised.
+(weight gradients included, graph retained) and N passes through the stem; the graph of the real
+batch lives through the sampling; each iteration draws a Gaussian for every chain, one by one, of
+which it uses those to be re-initialised. It computes as the released code does, too: float32 with
+TensorFloat-32 off, on contiguous tensors, nothing compiled, no activation in place.
 """
+
+import argparse
+import copy
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch.distributions import MultivariateNormal
 
+import train_jempp
 from models import energy
+from samplers import make_sampler
+from utils.build import new_state
+from utils.seeding import seed_step
+
+# Our switches as this side has them; --cudnn_benchmark, which the released code has on, is shared.
+SWITCHES = {"fast": False, "compile": "off", "amp": "off", "tf32": False, "channels_last": False}
+
+
+class Literal:
+    """The literal side of a run that starts as ``args`` say, on ``data`` and the images of
+    ``p0``: its state, and ``step`` and ``sample`` by the sampler of other ``args``."""
+
+    def __init__(self, args, data, p0):
+        self.state = new_state(argparse.Namespace(**{**vars(args), **SWITCHES}), data, p0, {})
+        for module in self.state.model.modules():
+            if isinstance(module, torch.nn.LeakyReLU):
+                module.inplace = False
+        self.data, self.gaussians = data, OneByOneGaussians(p0)
+
+    def draw(self, args):
+        return literal_draw(self.state.buffer.images, self.gaussians, args)
+
+    def sample(self, args):
+        with full_float32():
+            return literal_sample(self.state.model, self.state.buffer.images, self.draw(args), args)
+
+    def step(self, args, drawn=None):
+        """One iteration, with ``drawn``, (x_0, slots), where they are given."""
+        state = self.state
+        for group in state.optimizer.param_groups:
+            group["lr"] = train_jempp.learning_rate(state.step, self.data.steps_per_epoch, args)
+        with full_float32():
+            literal_step(state, self.data.batch(state.step), drawn or self.draw(args), args)
+        state.step += 1
+
+
+@contextmanager
+def full_float32():
+    """TensorFloat-32 off inside the block, whatever our side is allowed."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 class OneByOneGaussians:
@@ -19,9 +72,10 @@ class OneByOneGaussians:
         self.shape, self.normals = p0.shape, []
         for k in range(len(p0.members)):
             x = p0.class_images(k)
-            covariance = torch.cov(x.T, correction=0)
-            covariance.diagonal().add_(p0.ridge)
-            self.normals.append(MultivariateNormal(x.mean(0), covariance))
+            covariance = torch.cov(x.double().T, correction=0)  # of few images, float32 is not
+            covariance.diagonal().add_(p0.ridge)                # enough for its factor
+            factor = torch.linalg.cholesky(covariance).float()
+            self.normals.append(MultivariateNormal(x.mean(0), scale_tril=factor))
 
     def sample(self, n):
         classes = torch.randint(len(self.normals), (n,)).tolist()
@@ -29,13 +83,17 @@ class OneByOneGaussians:
         return x.view(n, *self.shape).clamp_(-1, 1)
 
 
-def literal_sample(model, buffer, gaussians, args):
-    """Draw, run Algorithm 1, store; buffer [|B|, 3, H, W] on the training device."""
-    device = buffer.device
-    slots = torch.randint(len(buffer), (args.batch_size,))
+def literal_draw(images, gaussians, args):
+    """x_0 [B, 3, H, W] and its slots in the replay buffer ``images``, all on its device."""
+    slots = torch.randint(len(images), (args.batch_size,)).to(images.device)
     fresh = gaussians.sample(args.batch_size)
-    anew = (torch.rand(args.batch_size) < args.reinit_freq).to(device)[:, None, None, None]
-    x = torch.where(anew, fresh, buffer[slots.to(device)])
+    anew = (torch.rand(args.batch_size) < args.reinit_freq).to(images.device)[:, None, None, None]
+    return torch.where(anew, fresh, images[slots]), slots
+
+
+def literal_sample(model, images, drawn, args):
+    """Algorithm 1 from ``drawn``, (x_0, slots), and back into the buffer ``images``."""
+    x, slots = drawn
     for _ in range(args.n_steps):
         x = x.detach().requires_grad_()
         features = model.stem(x)
@@ -50,20 +108,84 @@ def literal_sample(model, buffer, gaussians, args):
                       ).clamp(-1, 1)
         x = moving
     x = x.detach()
-    buffer[slots.to(device)] = x
+    images[slots] = x
     return x
 
 
-def literal_step(state, batch, gaussians, args):
+def literal_step(state, batch, drawn, args):
     """One training iteration with two real batches (recipe: p(x) and p(y|x), weights 1 and 1)."""
     model, optimizer = state.model, state.optimizer
     x_pos, (x_lab, y_lab) = batch
     e_pos = model.energy(x_pos).mean()
-    x_neg = literal_sample(model, state.buffer.images, gaussians, args)
+    x_neg = literal_sample(model, state.buffer.images, drawn, args)
     e_neg = model.energy(x_neg).mean()
-    loss = e_pos - e_neg + F.cross_entropy(model(x_lab), y_lab)
+    loss = e_pos - e_neg + F.cross_entropy(model(x_lab), y_lab.to(x_lab.device))
     if loss.abs().item() > 1e8:  # the released test for divergence, a wait for the device each step
         raise RuntimeError("diverged")
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+
+
+def check(args, state, data, p0, dtype=torch.float32, steps=3):
+    """Our and the literal iteration in ``dtype`` from the same state, x_0 and batch, ``steps``
+    times, each time from ours: [{step, lr, differences after it}, ...].
+
+    Where an activation is within float32's rounding of LeakyReLU's kink, its gradient may take
+    either slope, and the steps part by up to some percent; in float64 nothing is left but what is
+    computed otherwise.
+    """
+    literal, draw, found = Literal(args, data, p0), make_sampler(args), []
+    in_precision(dtype, data, state, literal.state)
+    for _ in range(steps):
+        copy_state(literal.state, state)
+        before = vector(state.model.parameters())
+        streams = seed_step(args.seed, state.step, 0, data.device)
+        x_0, slots = state.buffer.draw(args.batch_size, p0, args.reinit_freq,
+                                       host=streams.host, generator=streams.device)
+        literal.step(args, (x_0, slots.to(x_0.device)))
+        train_jempp.train_step(args, state, draw, data, p0)
+        found.append({"step": state.step, "lr": state.optimizer.param_groups[0]["lr"],
+                      **differences(state, literal.state, before, slots)})
+    return found
+
+
+def in_precision(dtype, data, *states):
+    """Weights, buffers and real images from here on in ``dtype``."""
+    for state in states:
+        state.model.to(dtype)
+        state.buffer.images = state.buffer.images.to(dtype)
+    batch_of = data.batch
+
+    def batch(step, part=0):
+        x_pos, (x_lab, y_lab) = batch_of(step, part)
+        return x_pos.to(dtype), (x_lab.to(dtype), y_lab)
+
+    data.batch = batch
+
+
+def copy_state(target, source):
+    """Weights, statistics, momentum and buffer of ``source`` into ``target``."""
+    target.model.load_state_dict(source.model.state_dict())
+    target.optimizer.load_state_dict(copy.deepcopy(source.optimizer.state_dict()))
+    target.buffer.images.copy_(source.buffer.images)
+    target.step = source.step
+
+
+def differences(a, b, before, slots):
+    """Between two states after a step from the weights ``before`` (a vector): the largest of
+    weights, of running statistics, and of what the chains left in the buffer (two of one slot
+    aside: either may be the one that is kept); and the norm of all weights', over the step's."""
+    once = slots[slots.bincount()[slots] == 1].to(a.buffer.images.device)
+    weights = [vector(s.model.parameters()) for s in (a, b)]
+    statistics = [vector(s.model.buffers()) for s in (a, b)]
+    chains = [vector([s.buffer.images[once]]) for s in (a, b)]
+    found = {name: float((x - y).abs().max()) for name, (x, y) in
+             (("weights", weights), ("statistics", statistics), ("buffer", chains))}
+    step = (weights[0] - before).norm()
+    return found | {"relative": float((weights[0] - weights[1]).norm() / step)}
+
+
+def vector(tensors):
+    """All their numbers (and a 0: there may be none) on the host, in float64."""
+    return torch.cat([torch.zeros(1), *(t.detach().flatten().cpu() for t in tensors)]).double()

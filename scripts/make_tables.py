@@ -12,6 +12,7 @@ a footnote made from the records. How cells come from records is in utils/table_
 """
 
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -30,6 +31,11 @@ TITLES = {
     "table6": "Table 6. Hyper-parameters for CIFAR-10",
     "table7": "Table 7. AUROC of out-of-distribution detection, trained on CIFAR-10",
     "ece": "Calibration (Section C.2). Expected calibration error (%), 20 bins",
+}
+MODELS = "Models to load (results/models)"
+OURS = {
+    "options": "Options past the paper, one at a time (JEM++, M = 5)",
+    "precision": "bfloat16 against float32",
 }
 HEADS = {
     "accuracy": "accuracy %", "is_mean": "IS", "fid": "FID", "speedup": "speed-up",
@@ -148,8 +154,75 @@ def hyper_parameters(title, numbers):
     return "\n".join(lines)
 
 
+def compared(title, own_records, script):
+    """A table of ours alone: each method's mean over seeds ± standard deviation, and how many."""
+    shown = {"accuracy": ("accuracy %", 100), "ece": ("ECE %", 100), "energy_gap": ("gap", 1)}
+    values, about = {}, {}
+    for r in own_records:
+        if r["metric"] in shown and r["protocol"].get("split", "test") == "test":
+            values.setdefault(r["method"], {}).setdefault(r["metric"], {})[r["seed"]] = r["value"]
+            t, env = r["training"], r["env"]
+            n_train = f"{t['n_train']:,} images" if t["n_train"] else "all images"
+            about[f"WRN-{t['depth']}-{t['width']}, M={t['n_steps']}, {t['n_epochs']} epochs of "
+                  f"{n_train} of {t['dataset']}, batch {t['batch_size']}, {env['device']} "
+                  f"({env['cpu']}), commit {str(env['commit'])[:7]}"] = None
+    head = ["", *(words for words, _ in shown.values()), "seeds"]
+    lines = [f"### {title}", "", markdown_row(head), markdown_row(["---"] + ["---:"] * 4)]
+    for method, by_metric in values.items():
+        cells = []
+        for metric, (_, factor) in shown.items():
+            x = [factor * v for v in by_metric.get(metric, {}).values()]
+            spread = f" ± {statistics.stdev(x):.2f}" if len(x) > 1 else ""
+            cells.append(f"{statistics.mean(x):.2f}{spread}†" if x else NOTHING)
+        seeds = {seed for by_seed in by_metric.values() for seed in by_seed}
+        lines.append(markdown_row([f"`{method}`", *cells, str(len(seeds))]))
+    return "\n".join([*lines, "", f"† {'; '.join(about)}; `bash scripts/{script}.sh`."])
+
+
+PUBLISHED = {  # column: (metric, what its protocol says, factor, the paper's number for M = 5)
+    "accuracy %": ("accuracy", {"split": "test"}, 100, ("table2", "accuracy", {})),
+    "ECE %": ("ece", {"split": "test"}, 100, None),
+    "AUROC log p(x), CIFAR-100": ("auroc", {"score": "log_p_x", "out": "cifar100"}, 1,
+                                  ("table7", "auroc", {"score": "log_p_x", "out": "cifar100"})),
+    "interp": ("auroc", {"score": "log_p_x", "out": "interp"}, 1,
+               ("table7", "auroc", {"score": "log_p_x", "out": "interp"})),
+    "L∞ 2/255 %": ("robust_accuracy", {"attack": "margin", "norm": "linf", "eps_255": 2.0}, 100,
+                   None),
+    "L∞ 8/255 %": ("robust_accuracy", {"attack": "margin", "norm": "linf", "eps_255": 8.0}, 100,
+                   None),
+}
+
+
+def published(title, folder, numbers):
+    """The models of results/models beside the paper's M = 5, by the records next to their files."""
+    def find(lines, wanted):
+        return next((r for r in lines if all(r.get(k, r.get("protocol", {}).get(k)) == v
+                                             for k, v in wanted.items())), None)
+
+    lines = [f"### {title}", "", markdown_row(["model", *PUBLISHED]),
+             markdown_row(["---"] + ["---:"] * len(PUBLISHED))]
+    words = ["paper, JEM++ (M=5)"]
+    for _, _, _, paper in PUBLISHED.values():
+        found = paper and find(numbers, {"row": "JEM++ (M=5)", "dataset": "cifar10",
+                                         "table": paper[0], "column": paper[1]} | paper[2])
+        words.append(found["printed"] if found else NOTHING)
+    lines.append(markdown_row(words))
+    for path in sorted(folder.glob("models/*/*.jsonl")):
+        of_model, words = records.read_jsonl(path), []
+        for metric, protocol, factor, _ in PUBLISHED.values():
+            r = find(of_model, {"metric": metric} | protocol)
+            words.append(f"{factor * r['value']:.{2 if factor == 1 else 1}f}†" if r else NOTHING)
+        model = path.parent.name
+        link = f"[{model}](results/models/{model}/README.md)"
+        lines.append(markdown_row([link if path.stem == "records" else f"{link}, {path.stem}",
+                                   *words]))
+    return "\n".join([*lines, "", "† far smaller than the paper's protocol: each model's page says "
+                      "how it was trained, and n of each number."])
+
+
 def all_tables(folder):
-    """{title: Markdown} of every table, in the paper's order; Table 7 is one for each score."""
+    """{title: Markdown} of every table, in the paper's order; Table 7 is one for each score. Ours
+    alone, where there are records, come last."""
     numbers, full_scale = table_records.read_paper(folder, ROOT / "results")
     results = {table: table_records.read_results(folder / f"{table}.jsonl", full_scale)
                for table in TITLES}
@@ -163,6 +236,12 @@ def all_tables(folder):
             full_title = f"{title}, by {HEADS[score]}" if score else title
             texts[full_title] = (hyper_parameters(title, part) if table == "table6" else
                                  section(table, full_title, part, results, full_scale))
+    if any(folder.glob("models/*/records.jsonl")):
+        texts[MODELS] = published(MODELS, folder, numbers)
+    for table, title in OURS.items():
+        own = records.read_jsonl(folder / f"{table}.jsonl")
+        if own:
+            texts[title] = compared(title, own, table)
     return texts
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Append what a run folder itself tells to a results file: how far it came, how it ended.
+"""Append what a run folder itself tells to a results file: how far it came, how it ended,
+the energy gap E(x+) - E(x-) at its end.
 
     python scripts/record_run.py runs/small/jempp-seed1 --method JEM++ --results table5.jsonl
 """
@@ -32,6 +33,13 @@ def main(argv=None):
     records.append_jsonl(args.results, {
         "metric": "steps", "value": end["step"], "unit": "step", "n": 1,
         "protocol": {"reason": end["reason"], "rollbacks": end.get("rollbacks", 0)}, **common})
+    gaps = [r for r in log if r["kind"] == "step" and "gap" in r]
+    if gaps:  # a record is the mean over the steps since the one before
+        steps = [r["step"] for r in gaps[-2:]]
+        records.append_jsonl(args.results, {
+            "metric": "energy_gap", "value": gaps[-1]["gap"], "unit": "nat", "n": 1,
+            "protocol": {"from_step": steps[0] if len(steps) > 1 else 0, "to_step": steps[-1]},
+            **common})
     if end["reason"] == "diverged":
         records.append_jsonl(args.results, {
             "metric": "diverged", "value": end["step"], "unit": "step", "n": 1,

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The test suite, in .venv (made if need be). --full also runs the tests marked slow; other words
-# go to pytest.
+# The test suite, in .venv (made if need be). --full also runs the tests marked slow, --all those
+# marked long as well (the fault tests at full counts); other words go to pytest.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements-dev.txt
 ruff check .
-marks=(-m "not slow")
-if [ "${1:-}" = --full ]; then
-    marks=()
-    shift
-fi
+marks=(-m "not slow and not long")
+case ${1:-} in
+    --full) marks=(-m "not long"); shift ;;
+    --all) marks=(); shift ;;
+esac
 exec python -m pytest "${marks[@]}" "$@"

@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""Images per second of training by 1, 2, ... processes at one global batch, turn by turn.
+
+    python scripts/benchmark_scaling.py --processes 1 2 --results results/scaling.jsonl --depth 10
+
+Other words go to train_jempp.py. Each process has one CPU thread (or one GPU); the parts of the
+global batch that have no process of their own are accumulated, so that all rows compute the same.
+On CPUs a further row is one process with as many threads as the largest row has processes.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_jempp  # noqa: E402
+from utils import cli, machine, records  # noqa: E402
+
+STEPS = 8  # of a turn that are timed, after as many that are not
+
+
+def images_per_s(processes, threads, parts, flags):
+    """One turn: train for 2 * STEPS steps in a folder that goes away; the speed of the later."""
+    with tempfile.TemporaryDirectory() as run_dir:
+        launcher = ["-m", "torch.distributed.run", "--standalone",
+                    f"--nproc_per_node={processes}"] if processes > 1 else []
+        done = subprocess.run(
+            [sys.executable, *launcher, str(ROOT / "train_jempp.py"), *flags, "--accumulate",
+             str(parts // processes), "--num_threads", str(threads), "--max_steps", str(2 * STEPS),
+             "--print_every", str(STEPS), "--run_dir", run_dir],
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
+        if done.returncode:
+            raise cli.InputError(f"a turn with {processes} processes failed: "
+                                 f"{done.stderr.strip().splitlines()[-1]}")
+        steps = [r for r in records.read_jsonl(Path(run_dir) / "train.jsonl")
+                 if r["kind"] == "step"]
+        return steps[-1]["images_per_s"]
+
+
+def main(argv=None):
+    p = cli.parser(__doc__.splitlines()[0])
+    p.add_argument("--processes", nargs="+", type=cli.POSITIVE, default=[1, 2], metavar="n",
+                   help="rows; each divides the largest")
+    p.add_argument("--repeats", type=cli.POSITIVE, default=3, help="turns of every row")
+    p.add_argument("--results", required=True, metavar="OUT.jsonl", help="append records here")
+    own, flags = p.parse_known_args(argv)
+    args, parts, started = train_jempp.parse_args(flags), max(own.processes), records.now()
+    device = machine.pick_device(args.device, 0)
+    if any(parts % n for n in own.processes):
+        raise cli.InputError(f"each of --processes {own.processes} has to divide {parts}")
+    rows = {f"{n} x 1": (n, 1) for n in own.processes}
+    if device.type == "cpu" and parts > 1:
+        rows[f"1 x {parts}"] = (1, parts)
+    speeds = {row: [] for row in rows}
+    for _ in range(own.repeats):
+        for row, (processes, threads) in rows.items():
+            speeds[row].append(images_per_s(processes, threads, parts, flags))
+    first, env = statistics.median(speeds[next(iter(rows))]), records.environment(device)
+    for row, (processes, threads) in rows.items():
+        value = statistics.median(speeds[row])
+        records.append_jsonl(own.results, {
+            "metric": "images_per_s", "value": value, "unit": "images/s", "n": own.repeats,
+            "protocol": {"run": started, "processes": processes, "threads": threads,
+                         "parts": parts, "ratio": value / first, "turns": speeds[row],
+                         "command": f"benchmark_scaling.py {' '.join(flags)}"},
+            "method": row, "dataset": args.dataset, "seed": args.seed,
+            "training": {k: getattr(args, k) for k in records.TRAINING} | {"step": None},
+            "env": env, "time": records.now()})
+        print(f"{row:8s} processes x threads {value:9.1f} images/s   ratio {value / first:.2f}")
+    return cli.EXIT_OK
+
+
+if __name__ == "__main__":
+    cli.run(main)

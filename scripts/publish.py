@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Make of a finished run a model that can be given away, and of its records a model card.
+
+    python scripts/publish.py model runs/jempp results/models/NAME
+    python eval_jempp.py --load_path results/models/NAME/model.pt --results results/models/NAME/...
+    python scripts/publish.py card results/models/NAME
+
+``model`` writes NAME/model.pt: the weights of best.pt as they are (float32), --n_buffer images of
+its replay buffer as uint8, what evaluation needs, no optimiser; and NAME/run.json, the run's own
+account. ``card`` writes NAME/README.md from run.json, NAME/*.jsonl and the pictures beside them.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+from utils import checkpoint, cli, plots, records  # noqa: E402
+from utils.torch_files import read  # noqa: E402
+
+PERCENT = {"accuracy", "ece", "ece_adaptive", "robust_accuracy"}
+
+
+def publish(run_dir, out, n_buffer):
+    """RUN/best.pt without what only training needs; returns the path written."""
+    content = checkpoint.check(read(run_dir / "best.pt"), run_dir / "best.pt")
+    if content["buffer"] is not None:
+        every = max(1, len(content["buffer"]) // n_buffer)
+        content["buffer"] = plots.to_uint8(content["buffer"][::every][:n_buffer].clone())
+    for name in ("run_dir", "data_root"):  # of this machine
+        content["args"].pop(name, None)
+    content["args"] |= {"data_root": "data", "run_dir": run_dir.name}
+    content["sha256"] = checkpoint.digest(content)
+    out.mkdir(parents=True, exist_ok=True)
+    with records.replacing(out / "model.pt") as file:
+        torch.save(content, file)
+    write_account(run_dir, out, content)
+    return out / "model.pt"
+
+
+def write_account(run_dir, out, content):
+    """NAME/run.json: the command's flags, minutes, machine and epochs of the run."""
+    log = records.read_jsonl(run_dir / "train.jsonl")
+    header = log[0]
+    defaults = vars(checkpoint_defaults(header["args"]))
+    machine = ("run_dir", "data_root", "download", "num_threads", "device")
+    typed = {k: v for k, v in header["args"].items() if k not in machine
+             and (k == "dataset" or cli.jsonable(defaults.get(k)) != v)}
+    steps = [r for r in log if r["kind"] == "step"]
+    images = header["args"]["labelled_batch"]
+    seconds, last = 0.0, 0
+    for r in steps:
+        if r["images_per_s"]:
+            seconds += (r["step"] - last) * images / r["images_per_s"]
+        last = r["step"]
+    records.write_json(out / "run.json", {
+        "flags": typed, "minutes": round(seconds / 60, 1), "env": header["env"],
+        "threads": header["args"]["num_threads"], "parameters": header["parameters"],
+        "n_train": header["n_train"], "step": content["step"], "epoch": content["epoch"],
+        "rollbacks": log[-1].get("rollbacks"), "evaluations": [
+            {k: r.get(k) for k in ("epoch", "valid_accuracy", "test_accuracy")}
+            for r in log if r["kind"] == "eval"],
+        "last_step": {k: v for k, v in steps[-1].items() if k != "kind"}})
+
+
+def checkpoint_defaults(args):
+    """What train_jempp.py would have used had nothing but the data set been typed."""
+    import train_jempp
+
+    return train_jempp.parse_args(["--dataset", args["dataset"]])
+
+
+def command(run):
+    """The training command of a run's account."""
+    words = []
+    for name, value in sorted(run["flags"].items()):
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            values = value if isinstance(value, list) else [value]
+            words.append(" ".join([f"--{name}", *map(str, values)]))
+    return "python train_jempp.py " + " ".join(words)
+
+
+def card(out):
+    """NAME/README.md from the account, the records and the pictures."""
+    run = json.loads((out / "run.json").read_text())
+    weights = hashlib.sha256((out / "model.pt").read_bytes()).hexdigest()
+    env, flags = run["env"], run["flags"]
+    lines = [
+        f"# {out.name}", "",
+        f"A JEM++ of {run['parameters']:,} parameters on {flags.get('dataset', 'cifar10')}, "
+        f"trained for {run['epoch']} epochs ({run['step']:,} steps, {run['minutes']} minutes of "
+        f"training on {env['device']}, {env['cpu']}, {run['threads']} thread(s)), torch "
+        f"{env['torch']}, commit {env['commit'][:8]}, rollbacks {run['rollbacks']}.", "",
+        "Every number on this page is † : a network far smaller and a run far shorter than the "
+        "paper's. `model.pt` holds float32 weights and images of the replay buffer as uint8; "
+        f"SHA-256 `{weights}`.", "", "```bash", command(run), "",
+        f"python eval_jempp.py --load_path {out.as_posix()}/model.pt --eval accuracy calibration",
+        "```", "", "| metric | value | n | protocol |", "|---|---:|---:|---|"]
+    for path in sorted(out.glob("*.jsonl")):
+        for r in records.read_jsonl(path):
+            value = (f"{100 * r['value']:.2f} %" if r["metric"] in PERCENT
+                     else f"{r['value']:.4g}")
+            words = " ".join(f"{k}={v}" for k, v in sorted(r["protocol"].items())
+                             if k in cli_words())
+            metric = r["metric"] if path.stem == "records" else f"{r['metric']} ({path.stem})"
+            lines.append(f"| {metric} | {value} | {r['n']} | {words} |")
+    lines.append("")
+    for picture in sorted(out.glob("*.png")):
+        lines += [f"![{picture.stem}]({picture.name})", ""]
+    if (out / "limits.md").exists():
+        lines.append((out / "limits.md").read_text())
+    with records.replacing(out / "README.md", "w") as file:
+        file.write("\n".join(lines).rstrip() + "\n")
+
+
+def cli_words():
+    """The parts of a protocol that a card shows; the records hold the rest."""
+    return {"split", "score", "out", "attack", "norm", "eps", "eps_255", "source", "bins", "steps",
+            "restarts", "chain_steps", "reference", "features"}
+
+
+def main(argv=None):
+    p = cli.parser(__doc__.splitlines()[0])
+    p.add_argument("what", choices=("model", "card"))
+    p.add_argument("paths", nargs="+", type=Path, metavar="RUN OUT | OUT")
+    p.add_argument("--n_buffer", type=cli.POSITIVE, default=300, help="buffer images to publish")
+    args = p.parse_args(argv)
+    if len(args.paths) != {"model": 2, "card": 1}[args.what]:
+        raise cli.InputError("type `model RUN OUT` or `card OUT`")
+    if args.what == "model":
+        cli.say(f"wrote {publish(*args.paths, args.n_buffer)}")
+    else:
+        card(args.paths[0])
+        cli.say(f"wrote {args.paths[0] / 'README.md'}")
+    return cli.EXIT_OK
+
+
+if __name__ == "__main__":
+    cli.run(main)
