@@ -45,17 +45,19 @@ def test_reflection_is_that_of_reflect_padding():
 def test_every_crop_is_a_window_of_the_padded_image(flip):
     x = torch.randint(0, 256, (5, 3, 12, 12), dtype=torch.uint8, generator=generator("cpu", 0))
     indices = torch.randint(5, (300,), generator=generator("cpu", 1))
-    out = crop_and_flip(x, indices, 2, flip, generator("cpu", 2))
+    mirror = torch.rand(300, generator=generator("cpu", 3)) < 0.5 if flip else None
+    out = crop_and_flip(x, indices, 2, mirror, generator("cpu", 2))
     padded = F.pad(x.float(), (2, 2, 2, 2), "reflect").to(torch.uint8)
     windows = padded.unfold(2, 12, 1).unfold(3, 12, 1)  # [5, 3, 5, 5, 12, 12]
     seen = set()
-    for image, index in zip(out, indices.tolist(), strict=True):
+    for i, (image, index) in enumerate(zip(out, indices.tolist(), strict=True)):
         hits = []
         for mirrored in (False, True):
             target = image.flip(2) if mirrored else image
             same = (windows[index] == target[:, None, None]).all(0).all(-1).all(-1)
             hits += [(mirrored, *hit) for hit in same.nonzero().tolist()]
         assert len(hits) == 1, "each output is one window, mirrored or not"
+        assert hits[0][0] == (flip and mirror[i].item()), "as it was told"
         seen.add(tuple(hits[0]))
     assert len(seen) == (50 if flip else 25), "every shift and both directions occur"
 

@@ -220,7 +220,7 @@ def poison(place, at_step, monkeypatch):
         if now and place == "batch":
             batch = data.batch(state.step)
             batch[0][0, 0, 0, 0] = float("nan")
-            monkeypatch.setattr(data, "batch", lambda s: batch)
+            monkeypatch.setattr(data, "batch", lambda s, part=0: batch)
         if now and place == "gradients":
             hook = state.model.stem.weight.register_hook(lambda g: g * float("nan"))
         metrics = step(args, state, draw, data, p0)
@@ -439,7 +439,15 @@ FLAGS = {
     "--seed": ODD_NUMBERS, "--channels_last": None, "--no-channels_last": None,
     "--on_divergence": ["rollback", "stop", "x"], "--max_rollbacks": ["0", "1"],
     "--max_gap": ODD_NUMBERS, "--good_after": ODD_NUMBERS, "--keep_every": ODD_NUMBERS,
-    "--image_size": ["16", "32", "8"], "--unknown": ["1"]}
+    "--image_size": ["16", "32", "8"], "--unknown": ["1"],
+    "--step_decay": ["0.8", *ODD_NUMBERS], "--clean_p_x": None, "--alternating_flip": None,
+    "--label_smoothing": ["0.1", *ODD_NUMBERS], "--nesterov": None, "--sync_bn": None,
+    "--schedule": ["steps", "cosine", "linear", "x"],
+    "--labelled_batch": ["24", "48", *ODD_NUMBERS], "--accumulate": ["2", "3", *ODD_NUMBERS],
+    "--global_batch_size": ["16", "32", *ODD_NUMBERS], "--lr_scaling": ["none", "sqrt", "linear"],
+    "--sam": ["0.05", *ODD_NUMBERS], "--ema": ["0.9", *ODD_NUMBERS],
+    "--recalibrate_bn": ["20", "2000", *ODD_NUMBERS], "--amp": ["off", "bf16", "x"],
+    "--tf32": None, "--dist_timeout": ODD_NUMBERS}
 FLAG = st.sampled_from(sorted(FLAGS)).flatmap(
     lambda name: st.just((name,)) if FLAGS[name] is None
     else st.tuples(st.just(name), st.sampled_from(FLAGS[name])))

@@ -247,7 +247,7 @@ def test_inception_outputs(network, torch_home):
     assert features.shape == (5, 2048) and probabilities.shape == (5, 1008)
     assert features.dtype == probabilities.dtype == np.float64
     assert features.std(0).mean() > 0.01  # not degenerate: the comparisons mean something
-    split, _ = generation.inception_outputs(network, x, batch_size=2, progress=False)
+    split, _ = generation.inception_outputs(network, x, batch_size=2)
     assert split == pytest.approx(features, rel=1e-6, abs=1e-6 * np.abs(features).max())
     state = torch.load(weights_in(torch_home), weights_only=True)
     logits = features @ state["fc.weight"].double().numpy().T  # no bias

@@ -150,7 +150,7 @@ def test_adversarial_images_stay_in_ball_and_box(norm, kind):
     model, (x, y) = network(), easy_images()
     x_0, radius = to_pixels(x), 0.3
     starts = [robustness.random_starts(x_0, norm, 0, torch.arange(len(x)), r) for r in range(2)]
-    with robustness.frozen(model):
+    with robustness.under_attack(model):
         if kind == "foolbox":
             x_adv = robustness.foolbox_pgd(model, x_0, y, radius, norm, steps=5, rel_stepsize=0.5,
                                            start=starts[0])

@@ -25,7 +25,7 @@ def start(scale=1.0, n=6, size=12):
 # scale > 1 starts outside the pixels; noise puts chains outside between the outer steps
 @pytest.mark.parametrize("case", [
     {"clip": 1.0}, {"clip": 1e-3}, {"clip": math.inf}, {"noise_std": 0.3}, {"pixels": None},
-    {"y": torch.arange(6)}, {"scale": 1.5, "noise_std": 0.5}])
+    {"y": torch.arange(6)}, {"scale": 1.5, "noise_std": 0.5}, {"step_decay": 0.7}])
 def test_literal_algorithm_1_equals_its_collapsed_form(model, case):
     case = dict(case)
     x = start(case.pop("scale", 1.0))
@@ -164,6 +164,21 @@ def test_a_slot_drawn_twice_keeps_its_last_chain():
     chains = torch.arange(4.0).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
     buffer.store(torch.tensor([2, 0, 2, 2]), chains)
     assert buffer.images[:, 0, 0, 0].tolist() == [1.0, 0.0, 3.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("size, parts", ((40, 2), (120, 3), (10, 1)))
+def test_shares_of_a_buffer_are_disjoint_and_keep_the_blocks_of_the_classes(size, parts):
+    owner = torch.arange(size) * 10 // size
+    buffer = ReplayBuffer(torch.zeros(size, 3, 4, 4), 10)
+    y, written = torch.arange(10).repeat(50), torch.zeros(size)
+    for part in range(parts):
+        share = buffer.share(part, parts)
+        before = buffer.images.clone()
+        slots = share.slots(len(y), y, host=generator("cpu", part))
+        share.store(slots, (1.0 + y).view(-1, 1, 1, 1).expand(-1, 3, 4, 4))
+        written += (buffer.images != before)[:, 0, 0, 0]
+    assert (written == 1).all()
+    assert torch.equal(buffer.images[:, 0, 0, 0], 1.0 + owner)
 
 
 def test_filled_from_p0_class_by_class():

@@ -236,9 +236,16 @@ def test_defaults_are_the_papers_main_run(call):
 
 def test_warm_up_and_decay():
     args = train_jempp.parse_args([])
-    rate = [train_jempp.learning_rate(step, epoch, args)
-            for step, epoch in ((0, 0), (500, 0), (1000, 1), (40000, 50), (80000, 100), (1e5, 149))]
-    assert rate == pytest.approx([0, 0.05, 0.1, 0.02, 0.004, 0.0008])
+    rate = [train_jempp.learning_rate(step, 703, args)
+            for step in (0, 500, 1000, 50 * 703 - 1, 50 * 703, 100 * 703, 149 * 703)]
+    assert rate == pytest.approx([0, 0.05, 0.1, 0.1, 0.02, 0.004, 0.0008])
+    args = train_jempp.parse_args(["--schedule", "linear", "--n_epochs", "10"])
+    rate = [train_jempp.learning_rate(step, 703, args) for step in (500, 1000, 4015, 7030, 9999)]
+    assert rate == pytest.approx([0.05, 0.1, 0.05, 0, 0])
+    args = train_jempp.parse_args(["--schedule", "cosine", "--n_epochs", "10", "--batch_size",
+                                   "256", "--lr_scaling", "linear"])
+    rate = [train_jempp.learning_rate(step, 703, args) for step in (1000, 4015, 7030)]
+    assert rate == pytest.approx([0.4, 0.2, 0])
 
 
 def test_p_x_weight_0_is_a_plain_classifier(tmp_path, call):
@@ -249,14 +256,15 @@ def test_p_x_weight_0_is_a_plain_classifier(tmp_path, call):
 
 
 def loss_of(monkeypatch, *flags):
-    """joint_loss on one batch with x_neg given: (model, batch, x_neg, metrics)."""
+    """The terms of joint_loss on one batch with x_neg given: (model, batch, x_neg, metrics)."""
     args = train_jempp.parse_args([*TINY, "--norm", "none", *flags])
     state, data, p0, _, _ = train_jempp.build(args, torch.device("cpu"))
     x_neg = torch.rand(16, 3, 16, 16) * 2 - 1
     monkeypatch.setattr(train_jempp, "sample_negatives", lambda *rest: x_neg)
     batch = data.batch(0)
     streams = train_jempp.seed_step(1, 0, 0, "cpu")
-    loss, metrics = train_jempp.joint_loss(state.model, None, batch, None, p0, args, streams)
+    terms = train_jempp.joint_loss(state, None, batch, None, p0, args, streams)
+    metrics = train_jempp.backward([terms], state.net)
     return state.model, batch, x_neg, {k: v.item() for k, v in metrics.items()}
 
 
@@ -285,7 +293,7 @@ def sampled(flags, draw=None, y=None):
     before = {k: v.clone() for k, v in state.model.state_dict().items()}
     streams = train_jempp.seed_step(1, 0, 0, "cpu")
     x_neg = train_jempp.sample_negatives(state.model, draw or train_jempp.make_sampler(args),
-                                         state.buffer, p0, args, streams, y)
+                                         state.buffer, p0, 16, args, streams, y)
     return state, before, x_neg
 
 

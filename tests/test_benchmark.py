@@ -1,0 +1,184 @@
+"""The benchmark: what it reports, what it counts, and that both of its sides compute the same."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import train_jempp
+from samplers import make_sampler
+from scripts import benchmark, benchmark_table4, literal
+from utils.machine import pick_device
+from utils.records import read_jsonl
+
+
+def lines(out):
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_the_benchmark_times_both_sides(call, tmp_path):
+    file = tmp_path / "profile.txt"
+    code, out, err = call(benchmark.main, [*TINY, "--repeats", "2", "--json", "--profile", file])
+    assert code == 0, err
+    (result,) = lines(out)
+    assert result["ratio"] == pytest.approx(result["literal_ms"] / result["fast_ms"])
+    assert result["sampling_ms"] < result["fast_ms"]
+    assert result["ceiling_share"] == pytest.approx(result["tflops"] / result["ceiling_tflops"])
+    flop = result["tflops"] * result["fast_ms"] * 1e9
+    assert flop == pytest.approx(16 * (2 * 2 + 9) * benchmark.forward_flop(
+        {"depth": 10, "width": 1}, 16, 1))
+    assert result["images_per_s"] == pytest.approx(16000 / result["fast_ms"])
+    assert result["ceiling_precision"] == "float32" and result["device"] == "cpu"
+    assert result["first_step_s"] > 0 and result["peak_gib"] is None
+    assert [len(times) for times in result["times_ms"].values()] == [2] * 4
+    assert re.search(r"\d ms +\d+\.\d % +\d+ x +aten::mkldnn_convolution", file.read_text())
+
+
+def test_a_grid_shares_its_rounds_with_jem(call, tmp_path):
+    code, out, err = call(benchmark.main, [
+        *TINY, "--image_size", "8", "--networks", "10-1", "10-2", "--M", "1", "2", "--N", "5",
+        "--jem", "--only", "ours", "--repeats", "1", "--json"])
+    assert code == 0, err
+    results = lines(out)
+    assert len(results) == 2 * (2 + 2)
+    for width in (1, 2):
+        jempp, jem = [[r for r in results if r["args"]["width"] == width
+                       and (r["method"] == "JEM++") == ours] for ours in (True, False)]
+        assert [(r["args"]["n_steps"], r["args"]["in_steps"]) for r in jempp] == [(1, 5), (2, 5)]
+        assert [(r["method"], r["args"]["norm"], r["args"]["n_steps"]) for r in jem] == [
+            ("JEM", "none", 20), ("JEM, same norm", "batch", 20)]
+        for r in jempp:
+            assert r["literal_ms"] is None and r["ratio"] is None
+            assert r["speedup_over"]["JEM"] == pytest.approx(jem[0]["fast_ms"] / r["fast_ms"])
+    (tmp_path / "out.jsonl").write_text(out)
+    code, shown, err = call(benchmark.main, ["--show", tmp_path / "out.jsonl"])
+    assert code == 0 and len(shown.splitlines()) == 2 * len(results), err
+
+
+@pytest.mark.parametrize(("flags", "word"), (
+    (["--sam", "0.1", "--only", "ours"], "--sam"), (["--sgld_std", "0.1"], "--sgld_std"),
+    (["--networks", "28x10"], "28-10"), (["--networks", "27-10"], "6n + 4")))
+def test_what_cannot_be_measured_is_refused(call, flags, word):
+    code, _, err = call(benchmark.main, [*TINY, *flags])
+    assert code == 2 and word in err and "Traceback" not in err
+
+
+def test_forward_images_are_the_papers_cost():
+    cost = {m: benchmark.forward_images(train_jempp.parse_args(["--n_steps", str(m)])) / 64
+            for m in (5, 10, 20)}
+    assert cost == {5: 19, 10: 29, 20: 49}
+
+
+def test_counted_operations_of_the_papers_network():
+    config = {"depth": 28, "width": 10, "n_classes": 10}
+    assert benchmark.forward_flop(config, 32, 1) / 2 == pytest.approx(5.95e9, rel=0.01)
+
+
+def sides(*flags):
+    """(args, our state, data, p_0) on digits, past the warm-up."""
+    args = train_jempp.parse_args([*TINY, "--reinit_freq", "0", *flags])
+    state, data, p0, _, _ = train_jempp.build(args, pick_device("cpu", 1))
+    state.step = args.warmup_iters
+    return args, state, data, p0
+
+
+@pytest.mark.parametrize("norm", ("batch", "none"))
+def test_the_literal_iteration_takes_the_same_step(norm):
+    """Weights, running statistics (and so order and mode of the passes) and buffer move alike."""
+    for found in literal.check(*sides("--norm", norm), torch.float64):
+        assert found["lr"] == 0.1
+        for name in ("weights", "statistics", "buffer", "relative"):
+            assert found[name] < 1e-12, name
+
+
+def test_the_literal_iteration_takes_the_same_step_in_float32():
+    """Within rounding, but for a step on which an activation falls to the other side of a kink."""
+    found = literal.check(*sides("--n_steps", "10"), steps=5)
+    assert sorted(f["relative"] for f in found)[1] < 1e-5
+    assert all(f["relative"] < 0.05 and f["statistics"] < 1e-4 and f["buffer"] < 0.02
+               for f in found)
+
+
+def test_the_comparison_sees_another_step():
+    found = literal.check(*sides("--step_decay", "0.9"), torch.float64, steps=1)[0]
+    assert found["relative"] > 1e-3 and found["buffer"] > 1e-4 and found["statistics"] > 1e-6
+
+
+def test_the_literal_side_has_none_of_our_switches(monkeypatch):
+    args, _, data, p0 = sides("--compile", "default", "--amp", "bf16", "--tf32")
+    matmul, cudnn, seen = torch.backends.cuda.matmul, torch.backends.cudnn, []
+    monkeypatch.setattr(literal, "literal_step",
+                        lambda *_: seen.append((matmul.allow_tf32, cudnn.allow_tf32)))
+    other = literal.Literal(args, data, p0)
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = True
+    try:
+        other.step(args)
+        assert seen == [(False, False)] and matmul.allow_tf32 and cudnn.allow_tf32
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+    model = other.state.model
+    assert other.state.step == 1 and not model.bf16 and model._compiled_call_impl is None
+    assert all(p.is_contiguous() for p in model.parameters())
+    assert not any(getattr(module, "inplace", False) for module in model.modules())
+
+
+def test_table_4s_records_say_by_which_switches(call, tmp_path, monkeypatch):
+    rows = {row: benchmark_table4.ROWS[row] for row in ("JEM", "JEM++ M=5 N=5", "JEM++ M=5 N=20")}
+    monkeypatch.setattr(benchmark_table4, "ROWS", rows)
+    file = tmp_path / "table4.jsonl"
+    code, out, err = call(benchmark_table4.main, [*TINY, "--amp", "bf16", "--repeats", "1",
+                                                  "--results", file])
+    assert code == 0 and len(out.splitlines()) == 3, err
+    records = read_jsonl(file)
+    assert [r["method"] for r in records] == list(rows)
+    assert {r["protocol"]["amp"] for r in records} == {"bf16"}
+    assert {r["protocol"]["compile"] for r in records} == {"off"}
+    assert [r["training"]["norm"] for r in records] == ["none", "batch", "batch"]
+    assert [r["protocol"]["in_steps"] for r in records] == [0, 5, 20]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("norm", "dtype", "bound"), (
+    ("batch", torch.float64, 1e-12), ("none", torch.float64, 1e-12), ("batch", torch.float32, 0.05)
+), ids=str)
+def test_compiled_steps_are_the_eager_ones(norm, dtype, bound):
+    """From the same state each time; ``bound`` is on the weights' difference over the step's size,
+    in float32 with room for the activations at a kink (see literal.check)."""
+    args, state, data, p0 = sides("--norm", norm)
+    compiled_args, compiled, *_ = sides("--norm", norm, "--compile", "default")
+    assert compiled.model._compiled_call_impl is not None
+    literal.in_precision(dtype, data, state, compiled)
+    for _ in range(3):
+        literal.copy_state(compiled, state)
+        before = literal.vector(state.model.parameters())
+        metrics = [train_jempp.train_step(a, s, make_sampler(a), data, p0)
+                   for a, s in ((args, state), (compiled_args, compiled))]
+        found = literal.differences(state, compiled, before, torch.arange(len(state.buffer)))
+        assert found["relative"] < bound
+        assert found["statistics"] < bound / 100 and found["buffer"] < bound
+        for name, value in metrics[0].items():
+            assert float(value) == pytest.approx(float(metrics[1][name]), rel=bound), name
+
+
+@pytest.mark.slow
+def test_the_gpu_session_runs_on_a_cpu(tmp_path):
+    env = {**os.environ, "DEVICE": "cpu", "TINY": "1", "BUDGET": "3000", "OUT": str(tmp_path),
+           "PYTHON": sys.executable}
+    done = subprocess.run(["bash", "scripts/gpu_check.sh"], cwd=ROOT, env=env, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "FAILED" not in done.stdout and "skipped" not in done.stdout
+    results = read_jsonl(tmp_path / "benchmark.jsonl")
+    assert sum("check" in r for r in results) == 4
+    assert any(r.get("literal_ms") and r["args"]["compile"] != "off" for r in results)
+    assert read_jsonl(tmp_path / "build.jsonl") and (tmp_path / "profile.txt").read_text()
+    env["BUDGET"] = "0"
+    done = subprocess.run(["bash", "scripts/gpu_check.sh"], cwd=ROOT, env=env, text=True,
+                          capture_output=True)
+    assert "skipped: it takes about" in done.stdout

@@ -1,0 +1,83 @@
+"""Published models: made of a run, and those in results/models are what their cards say."""
+
+import hashlib
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import eval_jempp
+import train_jempp
+from scripts import publish
+from utils import checkpoint
+from utils.data import load
+from utils.inference import accuracy
+from utils.records import read_jsonl
+
+PUBLISHED = sorted((ROOT / "results" / "models").glob("*/model.pt"))
+
+
+def test_a_run_is_published_and_evaluates_as_before(tmp_path, call):
+    run, out = tmp_path / "run", tmp_path / "models" / "tiny"
+    code, _, err = call(train_jempp.main, [*TINY, "--n_epochs", "1", "--run_dir", run, "--amp",
+                                           "bf16", "--decay_epochs", "5", "7"])
+    assert code == 0, err
+    code, said, err = call(publish.main, ["model", run, out, "--n_buffer", "20"])
+    assert code == 0 and not err, err
+    content = torch.load(out / "model.pt", weights_only=True)
+    assert content["buffer"].dtype == torch.uint8 and len(content["buffer"]) == 20
+    assert "optimizer" not in content and str(tmp_path) not in json.dumps(content["args"])
+    opened, before = (checkpoint.open_any(p) for p in (out / "model.pt", run / "best.pt"))
+    assert (opened.buffer - before.buffer[::2]).abs().max() <= 1 / 255  # half a grey level
+    weights = before.model.state_dict()
+    assert all(torch.equal(v, weights[k]) for k, v in opened.model.state_dict().items())
+    flags = ["--no-download", "--device", "cpu", "--num_threads", "1", "--eval", "accuracy",
+             "calibration", "--splits", "test"]
+    values = []
+    for file, results in ((out / "model.pt", out / "records.jsonl"),
+                          (run / "best.pt", tmp_path / "before.jsonl")):
+        code, _, err = call(eval_jempp.main, ["--load_path", file, "--results", results, *flags])
+        assert code == 0, err
+        values.append([(r["metric"], r["value"]) for r in read_jsonl(results)])
+    assert values[0] == values[1]
+    code, said, err = call(publish.main, ["card", out])
+    assert code == 0, err
+    card = (out / "README.md").read_text()
+    digest = hashlib.sha256((out / "model.pt").read_bytes()).hexdigest()
+    assert digest in card and f"{100 * dict(values[0])['accuracy']:.2f} %" in card
+    command = re.search(r"python train_jempp.py (.*)", card)[1].split()
+    args, now = (vars(train_jempp.parse_args(words)) for words in (command, TINY + [
+        "--n_epochs", "1", "--amp", "bf16", "--decay_epochs", "5", "7"]))
+    different = {k for k in args if args[k] != now[k]}
+    assert different <= {"num_threads", "device", "run_dir"}
+
+
+def test_publishing_what_is_not_there_is_one_line(tmp_path, call):
+    for words in (["model", tmp_path, tmp_path / "out"], ["card", tmp_path], ["model", tmp_path]):
+        code, _, err = call(publish.main, words)
+        assert code == 2 and len(err.splitlines()) == 1, err
+
+
+@pytest.mark.skipif(not PUBLISHED, reason="nothing is published")
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
+def test_a_published_file_is_the_one_its_card_names(path):
+    assert path.stat().st_size < 15 * 2**20
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest in (path.parent / "README.md").read_text()
+    records = read_jsonl(path.parent / "records.jsonl")
+    assert records and {r["checkpoint"]["sha256"] for r in records} == {digest}
+
+
+@pytest.mark.skipif(not PUBLISHED, reason="nothing is published")
+@pytest.mark.skipif(not (ROOT / "data" / "cifar-10-batches-py").is_dir(),
+                    reason="no CIFAR-10 in data/")
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
+def test_a_published_model_has_the_accuracy_of_its_card(path):
+    opened = checkpoint.open_any(path)
+    test = load(opened.args["dataset"], ROOT / "data", train=False)
+    measured = accuracy(opened.model, test)
+    told = [r["value"] for r in read_jsonl(path.parent / "records.jsonl")
+            if r["metric"] == "accuracy" and r["protocol"].get("split") == "test"]
+    assert abs(measured - told[0]) <= 0.001
