@@ -41,7 +41,7 @@ def test_the_benchmark_times_both_sides(call, tmp_path):
 
 def test_a_grid_shares_its_rounds_with_jem(call, tmp_path):
     code, out, err = call(benchmark.main, [
-        *TINY, "--image_size", "8", "--networks", "10-1", "10-2", "--M", "1", "2", "--N", "5",
+        *TINY, "--networks", "10-1", "10-2", "--M", "1", "2", "--N", "5",
         "--jem", "--only", "ours", "--repeats", "1", "--json"])
     assert code == 0, err
     results = lines(out)
@@ -166,7 +166,7 @@ def test_compiled_steps_are_the_eager_ones(norm, dtype, bound):
             assert float(value) == pytest.approx(float(metrics[1][name]), rel=bound), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_gpu_session_runs_on_a_cpu(tmp_path):
     env = {**os.environ, "DEVICE": "cpu", "TINY": "1", "BUDGET": "3000", "OUT": str(tmp_path),
            "PYTHON": sys.executable}

@@ -1,7 +1,7 @@
 """Runs survive what happens to runs: kills, full disks, NaN, divergence, corrupt and hostile files.
 
-The full counts (40 kills, 300 corrupted checkpoints, 150 flag combinations) are marked slow:
-``bash scripts/test.sh --full``. The plain suite runs a tenth of each.
+The full counts (40 kills, 300 corrupted checkpoints, 150 flag combinations) are marked long:
+``bash scripts/test.sh --all``. The plain suite runs a tenth of each.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ def same_tensors(a, b):
 
 
 # -- kill -9 --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kills", (4, pytest.param(40, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("kills", (4, pytest.param(40, marks=pytest.mark.long)))
 def test_kill_9_at_any_instant_loses_only_the_steps_since_the_last_checkpoint(tmp_path, kills):
     flags = ["--n_epochs", str(10 * kills), "--ckpt_steps", "2", "--eval_every", "20",
              "--good_after", "5", "--max_steps", str(16 * kills)]
@@ -322,7 +322,7 @@ def test_logging_and_evaluating_more_often_changes_no_bit(tmp_path):
     assert all(torch.equal(v, b[k]) for k, v in a.items())
 
 
-@pytest.mark.parametrize("steps", (300, pytest.param(3000, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("steps", (300, pytest.param(3000, marks=pytest.mark.long)))
 def test_memory_stays_flat(tmp_path, steps):
     pages = []
     step = train_jempp.train_step
@@ -388,7 +388,7 @@ KINDS = ("truncated", "flipped", "swapped", "shape", "dtype", "huge", "nan", "mi
          "pickle")
 
 
-@pytest.mark.parametrize("count", (30, pytest.param(300, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("count", (30, pytest.param(300, marks=pytest.mark.long)))
 def test_a_corrupted_checkpoint_is_refused_or_loads_to_equal_values(
         tmp_path, monkeypatch, good, count):
     monkeypatch.chdir(tmp_path)
@@ -477,7 +477,7 @@ def test_any_flags_run_two_steps_or_are_refused_in_one_line(tmp_path_factory, fl
     any_flags_run_or_are_refused(tmp_path_factory, flags)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=150, **HYPOTHESIS)
 @given(flags=st.lists(FLAG, max_size=4))
 def test_any_flags_at_length(tmp_path_factory, flags):
