@@ -16,6 +16,11 @@ TINY = ["--dataset", "digits", "--depth", "10", "--width", "1", "--n_valid", "13
         "--warmup_iters", "2", "--print_every", "1", "--num_threads", "1", "--device", "cpu"]
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests first: none of them is then what the other process waits for at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def call(capsys, monkeypatch):
     """Run a script's main with a list of words; returns (exit code, stdout, stderr)."""
