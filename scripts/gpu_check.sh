@@ -75,7 +75,7 @@ smoke() {
     local run="$WORK/run${*// /_}"
     timeout -k 5 "$(limit 60)" "$PYTHON" "${SMOKE[@]}" --run_dir "$run" --max_steps 3 "$@" &&
         timeout -k 5 "$(limit 60)" "$PYTHON" "${SMOKE[@]}" --run_dir "$run" --max_steps 5 "$@" &&
-        [ "$(grep -c '"kind": "end"' "$run/train.jsonl")" = 2 ]
+        [ "$(grep -cE '"kind": "(resume|end)"' "$run/train.jsonl")" = 2 ]
 }
 
 nvidia-smi 2>&1 || true

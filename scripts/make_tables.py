@@ -157,10 +157,13 @@ def hyper_parameters(title, numbers):
 def compared(title, own_records, script):
     """A table of ours alone: each method's mean over seeds ± standard deviation, and how many."""
     shown = {"accuracy": ("accuracy %", 100), "ece": ("ECE %", 100), "energy_gap": ("gap", 1)}
-    values, about = {}, {}
+    values, lost, about = {}, set(), {}
     for r in own_records:
+        run = r["method"], table_records.seed_of(r)
+        if r["metric"] == "diverged":
+            lost.add(run)
         if r["metric"] in shown and r["protocol"].get("split", "test") == "test":
-            values.setdefault(r["method"], {}).setdefault(r["metric"], {})[r["seed"]] = r["value"]
+            values.setdefault(run[0], {}).setdefault(r["metric"], {})[run[1]] = r["value"]
             t, env = r["training"], r["env"]
             n_train = f"{t['n_train']:,} images" if t["n_train"] else "all images"
             about[f"WRN-{t['depth']}-{t['width']}, M={t['n_steps']}, {t['n_epochs']} epochs of "
@@ -171,11 +174,14 @@ def compared(title, own_records, script):
     for method, by_metric in values.items():
         cells = []
         for metric, (_, factor) in shown.items():
-            x = [factor * v for v in by_metric.get(metric, {}).values()]
+            x = [factor * v for seed, v in by_metric.get(metric, {}).items()
+                 if (method, seed) not in lost]
             spread = f" ± {statistics.stdev(x):.2f}" if len(x) > 1 else ""
             cells.append(f"{statistics.mean(x):.2f}{spread}†" if x else NOTHING)
         seeds = {seed for by_seed in by_metric.values() for seed in by_seed}
-        lines.append(markdown_row([f"`{method}`", *cells, str(len(seeds))]))
+        n_lost = sum((method, seed) in lost for seed in seeds)
+        diverged = f", {n_lost} diverged and not counted" * bool(n_lost)
+        lines.append(markdown_row([f"`{method}`", *cells, f"{len(seeds)}{diverged}"]))
     return "\n".join([*lines, "", f"† {'; '.join(about)}; `bash scripts/{script}.sh`."])
 
 

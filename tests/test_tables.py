@@ -344,3 +344,17 @@ def test_readme_of_the_repository_agrees_with_its_records(call):
         pytest.skip("README.md has no section of results yet")
     code, _, err = call(make_tables.main, ["--check"])
     assert code == 0, err
+
+
+def test_ours_alone_are_means_over_training_seeds_without_those_that_diverged(tables):
+    def run(method, seed, accuracy, gap):
+        return [record("accuracy", accuracy, method, seed=seed, **SMALL),
+                record("energy_gap", gap, method, seed=seed, protocol={}, **SMALL)]
+
+    found = [*run("base", 1, 0.5, 0.1), *run("base", 2, 0.7, 0.3), *run("sam", 1, 0.6, 0.2),
+             *run("sam", 2, 0.1, 9.0),
+             record("diverged", 450, "sam", seed=2, **SMALL)]
+    code, out, err = tables({"options": found}, "--print")
+    assert code == 0, err
+    assert "| `base` | 60.00 ± 14.14† | – | 0.20 ± 0.14† | 2 |" in out
+    assert "| `sam` | 60.00† | – | 0.20† | 2, 1 diverged and not counted |" in out
