@@ -12,7 +12,7 @@ from conftest import ROOT, TINY
 
 import train_jempp
 from samplers import make_sampler
-from scripts import benchmark, benchmark_table4, literal
+from scripts import benchmark, benchmark_switches, benchmark_table4, literal
 from utils.machine import pick_device
 from utils.records import read_jsonl
 
@@ -141,6 +141,19 @@ def test_table_4s_records_say_by_which_switches(call, tmp_path, monkeypatch):
     assert {r["protocol"]["compile"] for r in records} == {"off"}
     assert [r["training"]["norm"] for r in records] == ["none", "batch", "batch"]
     assert [r["protocol"]["in_steps"] for r in records] == [0, 5, 20]
+
+
+def test_each_row_of_the_switches_lacks_what_it_says(call, tmp_path):
+    file = tmp_path / "switches.jsonl"
+    code, out, err = call(benchmark_switches.main, [*TINY, "--compile", "off", "--repeats", "1",
+                                                    "--results", file])
+    found = {r["method"]: r["protocol"] for r in read_jsonl(file)}
+    assert code == 0 and len(out.splitlines()) == len(found) == len(benchmark_switches.ROWS), err
+    assert found["all"]["ratio"] == 1 and found["all"]["channels_last"]
+    assert not found["without --channels_last"]["channels_last"]
+    assert found["with the other precision"]["amp"] == "bf16"
+    side = benchmark_switches.prepare("without activations in place", TINY, torch.device("cpu"))
+    assert not any(getattr(module, "inplace", False) for module in side[1].model.modules())
 
 
 @pytest.mark.slow

@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""What each thing that makes an iteration fast is worth: all of them, then all but one, in turn.
+
+    python scripts/benchmark_switches.py --results results/switches.jsonl --depth 10 --width 1
+
+Other words go to train_jempp.py; --fast and M = 10 unless typed otherwise. Each row's record is the
+median of its turns; rows of one run share ``protocol.run``, and ``ratio`` is to the first row.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+import train_jempp  # noqa: E402
+from scripts.benchmark import SWITCHES, TURN, milliseconds, our_iteration  # noqa: E402
+from utils import cli, machine, records  # noqa: E402
+
+ALL = "all"
+ROWS = {  # name: flags after the others
+    ALL: [],
+    "without --compile": ["--compile", "off"],
+    "without --channels_last": ["--no-channels_last"],
+    "without the collapsed inner loop": ["--literal_pyld"],
+    "without activations in place": [],
+    "without keeping freed memory": [],
+    "with the other precision": [],  # bf16 where it was off, float32 where it was on
+}
+
+
+def prepare(row, words, device):
+    """(args, state, data, p0) of a row."""
+    args = train_jempp.parse_args([*words, *ROWS[row]])
+    if "precision" in row:
+        args.amp = {"off": "bf16", "bf16": "off"}[args.amp]
+    state, data, p0 = train_jempp.build(args, device)[:3]
+    if "in place" in row:
+        for module in state.model.modules():
+            if isinstance(module, torch.nn.LeakyReLU):
+                module.inplace = False
+    return args, state, data, p0
+
+
+def main(argv=None):
+    p = cli.parser(__doc__.splitlines()[0])
+    p.add_argument("--results", required=True, metavar="OUT.jsonl", help="append records here")
+    p.add_argument("--repeats", type=cli.POSITIVE, default=5, help="turns of every row")
+    own, rest = p.parse_known_args(argv)
+    words, started = ["--fast", *rest], records.now()
+    args = train_jempp.parse_args(words)
+    device = machine.pick_device(args.device, args.num_threads)
+    machine.set_switches(args, device)
+    sides = {row: prepare(row, words, device) for row in ROWS}
+    times = {row: [] for row in ROWS}
+    for turn in range(-1, own.repeats):  # the first, untimed one compiles
+        for row, side in sides.items():
+            machine.keep_freed_memory("freed memory" not in row)
+            ms = milliseconds(lambda side=side: our_iteration(*side), device, TURN[device.type])
+            if turn >= 0:
+                times[row].append(ms)
+    machine.keep_freed_memory()
+    first, env = statistics.median(times[ALL]), records.environment(device)
+    for row, (args, *_) in sides.items():
+        value = statistics.median(times[row])
+        records.append_jsonl(own.results, {
+            "metric": "iteration_ms", "value": value, "unit": "ms", "n": own.repeats,
+            "protocol": {"run": started, "ratio": value / first, "times_ms": times[row],
+                         "threads": torch.get_num_threads(), "image_size": args.image_size}
+            | {name: getattr(args, name) for name in SWITCHES},
+            "method": row, "dataset": args.dataset, "seed": args.seed,
+            "training": {k: getattr(args, k) for k in records.TRAINING} | {"step": None},
+            "env": env, "time": records.now()})
+        print(f"{row:34s} {value:9.1f} ms   x {value / first:.2f}")
+    return cli.EXIT_OK
+
+
+if __name__ == "__main__":
+    cli.run(main)
