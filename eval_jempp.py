@@ -168,6 +168,7 @@ def main(argv=None):
         cli.print_json(vars(own) | typed)
         return cli.EXIT_OK
     device = machine.pick_device(typed.get("device", "auto"), typed.get("num_threads", 0))
+    machine.set_precision(deterministic=typed.get("deterministic", False))
     distributed.start(device, DIST_TIMEOUT)
     results = Path(own.results or Path(own.load_path[0]).parent / "eval" / "results.jsonl")
     records.read_jsonl(results)  # a file of another kind is not appended to

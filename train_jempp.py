@@ -10,7 +10,7 @@ The same command again continues the run. Exit codes: 0 finished, 2 bad input, 3
 
 import copy
 import math
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -89,6 +89,11 @@ def resolve_batches(args):
                              "--labelled_batch")
     if args.shared_batch and args.clean_p_x:
         raise cli.InputError("--shared_batch has no p(x) batch of its own for --clean_p_x")
+    if args.sync_bn and args.compile != "off":
+        raise cli.InputError("--sync_bn goes without compilation: add --compile off")
+    if args.literal_pyld and (args.compile != "off" or args.amp != "off"):
+        raise cli.InputError("--literal_pyld is uncompiled and float32: drop --fast, --compile, "
+                             "--amp")
     if args.nesterov and args.optimizer != "sgd":
         raise cli.InputError("--nesterov goes with --optimizer sgd")
 
@@ -215,7 +220,7 @@ def train_step(args, state, draw, data, p0):
         buffer = None if state.buffer is None else state.buffer.share(i, args.accumulate)
         parts.append(joint_loss(state, draw, data.batch(state.step, part), buffer, p0, args,
                                 seed_step(key, state.step, part, data.device)))
-    state.optimizer.zero_grad()
+    state.optimizer.zero_grad(set_to_none=False)  # see build.new_state
     metrics = backward(parts, state.net)
     parameters = list(state.model.parameters())
     metrics["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in parameters])
@@ -237,7 +242,7 @@ def sharpness_aware(radius, state, parts, parameters, norm):
         statistics = [b.clone() for b in state.model.buffers()]
         for p, move in zip(parameters, moves, strict=True):
             p += move
-    state.optimizer.zero_grad()
+    state.optimizer.zero_grad(set_to_none=False)  # see build.new_state
     backward(parts, state.net)
     with torch.no_grad():
         for p, weight in zip(parameters, weights, strict=True):
@@ -353,7 +358,15 @@ def main(argv=None):
         raise cli.InputError("--sync_bn is for GPUs: PyTorch has none on a CPU")
     state, data, p0, valid, test = build(args, device)
     run_dir.mkdir(parents=True, exist_ok=True)
-    with checkpoint.locked(run_dir) if distributed.rank() == 0 else nullcontext():
+    with ExitStack() as held:
+        refused = None
+        if distributed.rank() == 0:
+            try:
+                held.enter_context(checkpoint.locked(run_dir))
+            except cli.InputError as error:
+                refused = str(error)
+        if refused := distributed.first(refused):
+            raise cli.InputError(refused)
         code = run(args, run_dir, state, data, p0, valid, test)
     distributed.barrier()  # nobody leaves while another still needs it
     return code

@@ -290,6 +290,7 @@ def main(argv=None):
     p.add_argument("--json", action="store_true", help="a JSON object a configuration, no text")
     p.add_argument("--show", metavar="FILE", help="print what --json left in FILE, and stop")
     own, rest = p.parse_known_args(argv)
+    cli.refuse_torchrun("times one process; benchmark_scaling.py times several")
     for r in records.read_jsonl(own.show) if own.show else []:
         show(r)
     if own.show:

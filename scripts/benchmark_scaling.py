@@ -35,8 +35,9 @@ def images_per_s(processes, threads, parts, flags):
              "--print_every", str(STEPS), "--run_dir", run_dir],
             env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
         if done.returncode:
+            said = [line for line in done.stderr.splitlines() if "rror:" in line]
             raise cli.InputError(f"a turn with {processes} processes failed: "
-                                 f"{done.stderr.strip().splitlines()[-1]}")
+                                 f"{said[0] if said else f'exit code {done.returncode}'}")
         steps = [r for r in records.read_jsonl(Path(run_dir) / "train.jsonl")
                  if r["kind"] == "step"]
         return steps[-1]["images_per_s"]
@@ -51,6 +52,10 @@ def main(argv=None):
     own, flags = p.parse_known_args(argv)
     args, parts, started = train_jempp.parse_args(flags), max(own.processes), records.now()
     device = machine.pick_device(args.device, 0)
+    cli.refuse_torchrun("starts torchrun itself")
+    if args.dry_run:
+        cli.print_json(vars(args))
+        return cli.EXIT_OK
     if any(parts % n for n in own.processes):
         raise cli.InputError(f"each of --processes {own.processes} has to divide {parts}")
     rows = {f"{n} x 1": (n, 1) for n in own.processes}

@@ -24,7 +24,7 @@ ROWS = {  # name: flags after the others
     ALL: [],
     "without --compile": ["--compile", "off"],
     "without --channels_last": ["--no-channels_last"],
-    "without the collapsed inner loop": ["--literal_pyld"],
+    "without --compile and the collapsed inner loop": ["--compile", "off", "--literal_pyld"],
     "without activations in place": [],
     "without keeping freed memory": [],
     "with the other precision": [],  # bf16 where it was off, float32 where it was on
@@ -49,6 +49,7 @@ def main(argv=None):
     p.add_argument("--results", required=True, metavar="OUT.jsonl", help="append records here")
     p.add_argument("--repeats", type=cli.POSITIVE, default=5, help="turns of every row")
     own, rest = p.parse_known_args(argv)
+    cli.refuse_torchrun("times one process; benchmark_scaling.py times several")
     words, started = ["--fast", *rest], records.now()
     args = train_jempp.parse_args(words)
     device = machine.pick_device(args.device, args.num_threads)
@@ -73,7 +74,7 @@ def main(argv=None):
             "method": row, "dataset": args.dataset, "seed": args.seed,
             "training": {k: getattr(args, k) for k in records.TRAINING} | {"step": None},
             "env": env, "time": records.now()})
-        print(f"{row:34s} {value:9.1f} ms   x {value / first:.2f}")
+        print(f"{row:46s} {value:9.1f} ms   x {value / first:.2f}")
     return cli.EXIT_OK
 
 

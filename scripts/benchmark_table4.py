@@ -26,6 +26,7 @@ def main(argv=None):
     p.add_argument("--results", required=True, metavar="OUT.jsonl", help="append records here")
     p.add_argument("--repeats", type=cli.POSITIVE, default=5, help="turns of every row")
     own, rest = p.parse_known_args(argv)
+    cli.refuse_torchrun("times one process; benchmark_scaling.py times several")
     settings = {row: train_jempp.parse_args([*rest, *flags]) for row, flags in ROWS.items()}
     args, started = settings["JEM"], records.now()
     device = machine.pick_device(args.device, args.num_threads)

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, TINY
 
 import train_jempp
+from utils import checkpoint
 from utils.records import read_jsonl
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
@@ -131,6 +132,18 @@ def test_a_killed_process_ends_the_job_and_the_run_goes_on(tmp_path):
                                      "--max_steps", step + 3))
     assert code == 0 and f"continuing {tmp_path} after step {step}" in output, output
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == step + 3
+
+
+def test_bad_input_is_said_once(tmp_path):
+    tmp_path = tmp_path / "run"
+    tmp_path.mkdir()
+    with checkpoint.locked(tmp_path):
+        for flags, words in (([], "another process is using"),
+                             (["--global_batch_size", "17"], "does not divide into 2 parts")):
+            code, output = finished(torchrun(2, "train_jempp.py", *SMALL, *flags, "--run_dir",
+                                             tmp_path))
+            assert code != 0 and output.count("train_jempp.py: error:") == 1, output
+            assert output.count(words) == 1, output
 
 
 def test_a_silent_process_ends_the_job(tmp_path):

@@ -435,7 +435,8 @@ def test_flags_reach_what_they_name(typed):
     (["--nesterov", "--optimizer", "adam"], "--optimizer sgd"),
     (["--labelled_batch", "49"], "larger than"),
     (["--accumulate", "4"], "larger than"),  # 64 of 48 images
-    (["--sync_bn"], "GPU"),
+    (["--sync_bn"], "GPU"), (["--sync_bn", "--fast"], "--compile off"),
+    (["--literal_pyld", "--amp", "bf16"], "--literal_pyld"),
     (["--sam", "-0.1"], "--sam"), (["--ema", "1"], "--ema"),
     (["--step_decay", "nan"], "--step_decay"), (["--label_smoothing", "1.5"], "--label_smoothing"),
     (["--buffer_size", "1", "--accumulate", "2"], "--buffer_size"),
@@ -447,6 +448,15 @@ def test_bad_combinations_are_one_line_and_code_2(tmp_path, call, flags, words):
     assert code == 2 and words in last and "Traceback" not in err
     assert [("error:" in line) for line in err.splitlines()].count(True) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_gradients_stay_in_memory_of_our_own():
+    """What a CUDA graph returns must not become .grad: its memory is written again."""
+    args, state, data, p0 = built("--sam", "0.05")
+    where = [p.grad.data_ptr() for p in state.model.parameters()]
+    for _ in range(2):
+        train_jempp.train_step(args, state, make_sampler(args), data, p0)
+    assert where == [p.grad.data_ptr() for p in state.model.parameters()]
 
 
 # -- frozen ---------------------------------------------------------------------------------------

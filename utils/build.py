@@ -59,6 +59,10 @@ def new_state(args, data, p0, origin, stream=0):
     if args.ema:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema),
                                 use_buffers=True)
+    for p in model.parameters():
+        # Gradients are summed into memory of our own, never None: the first pass would leave there
+        # what its CUDA graph returned, which later passes overwrite (pytorch/pytorch#169545).
+        p.grad = torch.zeros_like(p)
     model.bf16 = args.amp == "bf16"
     compiled(model, args.compile)
     buffer = None

@@ -10,12 +10,15 @@ import math
 import os
 import sys
 import threading
+import time
 
 EXIT_OK, EXIT_INPUT, EXIT_DIVERGED, EXIT_STOPPED = 0, 2, 3, 75
 
 
 class InputError(Exception):
     """Something the user typed or has on disk is wrong; the message says what to do about it."""
+
+    of_one_process = False  # of those of a node, where otherwise all find the same
 
 
 class Unavailable(InputError):
@@ -29,7 +32,10 @@ def run(main):
     try:
         code = main()
     except InputError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0" or error.of_one_process:
+            print(f"{program}: error: {error}", file=sys.stderr)
+        else:
+            time.sleep(1)  # torchrun ends the others when the first has gone: it has to speak
         code = EXIT_INPUT
     except BrokenPipeError:  # whoever read our output has read enough, as in "... | head"
         mute()
@@ -65,6 +71,12 @@ def run(main):
 def launched():
     """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def refuse_torchrun(why):
+    """For scripts that are one process by nature."""
+    if launched():
+        raise InputError(f"start it without torchrun: it {why}")
 
 
 def lost_a_process(error):
@@ -308,7 +320,7 @@ def add_device_flags(p):
 
 def print_json(options):
     """``--dry_run``: the resolved options, sorted, as JSON (infinity as the string "inf")."""
-    print(json.dumps(jsonable(options), indent=2, sort_keys=True))
+    say(json.dumps(jsonable(options), indent=2, sort_keys=True))
 
 
 def jsonable(value):

@@ -88,7 +88,8 @@ def from_torchvision(name, train, root, download):
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         with distributed.first_goes_ahead():
-            dataset = dataset_class(str(root), download=download, **split)
+            dataset = dataset_class(str(root), download=download and distributed.rank() == 0,
+                                    **split)
     except (RuntimeError, OSError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "check the network, or put" if download else "drop --no-download to fetch it, or put"

@@ -43,7 +43,7 @@ def inception(weights=None, download=True):
     pytorch-fid would fetch. InputError, in one line, if there is none or it holds something else.
     """
     with distributed.first_goes_ahead():
-        path = find_weights(weights, download)
+        path = find_weights(weights, download and distributed.rank() == 0)
     try:
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         state = torch_files.read(path)

@@ -21,6 +21,8 @@ def pick_device(name, num_threads):
         torch.set_num_threads(num_threads)
     if name == "auto":
         name = kind(name)
+    if name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise InputError(f"--device {name} is one GPU for all processes: type --device cuda")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -28,7 +30,9 @@ def pick_device(name, num_threads):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name} cannot be used here: {reason}") from error
+        fault = InputError(f"--device {name} cannot be used here: {reason}")
+        fault.of_one_process = True  # more processes than GPUs
+        raise fault from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -67,13 +71,19 @@ def fill_in_switches(args):
             setattr(args, name, fast.get(name, off))
 
 
-def set_switches(args, device):
-    """Process-wide settings from the flags. InputError where --compile has no compiler."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    torch.backends.cudnn.benchmark = args.cudnn_benchmark and not args.deterministic
-    if args.deterministic:
+def set_precision(*, tf32=False, deterministic=False):
+    """What float32 products are on a GPU (PyTorch itself rounds those of convolutions), and whether
+    only deterministic algorithms are allowed."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
+
+
+def set_switches(args, device):
+    """Process-wide settings from the flags. InputError where --compile has no compiler."""
+    set_precision(tf32=args.tf32, deterministic=args.deterministic)
+    torch.backends.cudnn.benchmark = args.cudnn_benchmark and not args.deterministic
     if args.compile != "off":
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # of CUDA on a CPU
         try:
