@@ -152,9 +152,9 @@ def crop_and_flip(x, indices, pad, mirrored, generator):
     columns = reflect(torch.arange(width, device=device) + shift[1], width)
     if mirrored is not None:
         columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    channels = torch.arange(x.shape[1], device=device)
-    return x[indices[:, None, None, None], channels[None, :, None, None],
-             rows[:, None, :, None], columns[:, None, None, :]]
+    pixels = (rows[:, :, None] * width + columns[:, None, :]).view(n, 1, -1)
+    images = x[indices]
+    return images.flatten(2).gather(2, pixels.expand(-1, x.shape[1], -1)).view_as(images)
 
 
 class TrainData:
