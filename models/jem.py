@@ -22,6 +22,13 @@ def energy(logits, y=None):
     return -logits.gather(1, y[:, None]).squeeze(1)
 
 
+def gradient_at(model, leaf, y):
+    """dE/dx of the sum of energies at ``leaf`` [B, C, H, W], which requires a gradient."""
+    # forward: a compiled model's own graph would end where the energy begins
+    (gradient,) = torch.autograd.grad(energy(model.forward(leaf), y).sum(), leaf)
+    return gradient
+
+
 @contextmanager
 def frozen(model):
     """Parameters as constants inside the block: of a gradient with respect to the input, what
@@ -43,6 +50,7 @@ class JEM(nn.Module):
     """
 
     bf16 = False
+    gradient_at = staticmethod(gradient_at)  # or a compiled one (utils/machine.py)
 
     def __init__(self, network):
         super().__init__()
@@ -64,6 +72,12 @@ class JEM(nn.Module):
     def energy(self, x, y=None):
         """E(x) [B], or E(x, y) [B]; -E(x) is log p(x) up to the constant log Z."""
         return energy(self(x), y)
+
+    def energy_gradient(self, x, y=None):
+        """dE/dx [B, 3, H, W] at images x, of E(x) or E(x, y), by one pass forward and one back;
+        no parameter gets one."""
+        with torch.enable_grad():
+            return self.gradient_at(self, x.detach().requires_grad_(), y)
 
     def log_p_y_given_x(self, x):
         """log p(y|x) [B, K], the softmax of the logits."""

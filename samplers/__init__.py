@@ -9,7 +9,7 @@ import functools
 from samplers.informative_init import ClassGaussians, UniformInit, to_pixels
 from samplers.pyld import pyld, pyld_collapsed
 from samplers.replay_buffer import ReplayBuffer
-from samplers.sgld import PIXELS, sgld
+from samplers.sgld import PIXELS, descend, sgld
 
 __all__ = ["ClassGaussians", "ReplayBuffer", "UniformInit", "make_sampler", "pyld",
            "pyld_collapsed", "sgld", "to_pixels"]
@@ -17,8 +17,8 @@ __all__ = ["ClassGaussians", "ReplayBuffer", "UniformInit", "make_sampler", "pyl
 
 def make_sampler(args):
     """Flags (n_steps, in_steps, pyld_lr, sgld_lr, sgld_std, eps, step_decay, pixel_clamp,
-    literal_pyld) to
-    ``draw(model, x_0, y=None, generator=None) -> x``: PYLD-M-N, or SGLD-M where in_steps is 0."""
+    literal_pyld) to ``draw(model, x_0, y=None, generator=None) -> x``: PYLD-M-N, or SGLD-M where
+    in_steps is 0."""
     shared = {"clip": args.eps, "noise_std": args.sgld_std, "step_decay": args.step_decay,
               "pixels": PIXELS if args.pixel_clamp else None}
     if args.in_steps:
@@ -27,7 +27,7 @@ def make_sampler(args):
                                  step_size=args.pyld_lr, **shared)
 
     def draw(model, x_0, y=None, generator=None):
-        return sgld(lambda x: model.energy(x, y), x_0, n_steps=args.n_steps,
-                    step_size=args.sgld_lr, generator=generator, **shared)
+        return descend(lambda x: model.energy_gradient(x, y), x_0, n_steps=args.n_steps,
+                       step_size=args.sgld_lr, generator=generator, **shared)
 
     return draw

@@ -3,7 +3,7 @@
 import torch
 
 from models.jem import energy
-from samplers.sgld import PIXELS, add_noise, move, sgld
+from samplers.sgld import PIXELS, add_noise, descend, move
 
 
 def slack_variable(model, x, y=None):
@@ -41,6 +41,6 @@ def pyld_collapsed(model, x, *, n_outer, n_inner, step_size, clip, noise_std=0.0
     p . grad f_0(x) does not depend on x for an affine f_0, so the N inner steps repeat one clamped
     step of proximal SGLD. A convolution is affine; a deeper stem is not and needs ``pyld``.
     """
-    return sgld(lambda x: model.energy(x, y), x, n_steps=n_outer, repeats=n_inner,
-                step_size=step_size, clip=clip, noise_std=noise_std, step_decay=step_decay,
-                pixels=pixels, generator=generator)
+    return descend(lambda x: model.energy_gradient(x, y), x, n_steps=n_outer, repeats=n_inner,
+                   step_size=step_size, clip=clip, noise_std=noise_std, step_decay=step_decay,
+                   pixels=pixels, generator=generator)

@@ -4,6 +4,7 @@
 code as the plain factor 0.2; the number here is the released one.
 """
 
+import functools
 import math
 
 import torch
@@ -33,11 +34,17 @@ def add_noise(x, std, generator):
     return x + std * noise
 
 
-def sgld(energy_fn, x, *, n_steps, step_size, clip=math.inf, noise_std=0.0, repeats=1,
-         step_decay=1.0, pixels=PIXELS, generator=None):
+def sgld(energy_fn, x, **settings):
+    """``descend`` along the gradient of ``energy_fn`` (images [B, ...] to energies [B])."""
+    return descend(functools.partial(input_gradient, energy_fn), x, **settings)
+
+
+def descend(gradient_fn, x, *, n_steps, step_size, clip=math.inf, noise_std=0.0, repeats=1,
+            step_decay=1.0, pixels=PIXELS, generator=None):
     """Run ``n_steps`` of proximal SGLD (Eq. 10) from x [B, C, H, W] and return the end points.
 
-    x <- x - step_size * clamp(grad E(x), -clip, clip) + noise_std * N(0, 1), with ``clip`` the
+    x <- x - step_size * clamp(grad E(x), -clip, clip) + noise_std * N(0, 1), with grad E(x) by
+    ``gradient_fn`` (images to the gradient of the sum of their energies) and ``clip`` the
     paper's epsilon; clip = inf is plain SGLD (Eq. 3). After each move x is clamped to ``pixels``.
     Step i is ``step_decay`` ** i as long as the first.
     ``repeats`` = N takes each clamped step N times for one gradient: PYLD with an affine first
@@ -46,7 +53,7 @@ def sgld(energy_fn, x, *, n_steps, step_size, clip=math.inf, noise_std=0.0, repe
     each time end where one long step clamped once does.
     """
     for i in range(n_steps):
-        step = step_size * step_decay**i * input_gradient(energy_fn, x).clamp_(-clip, clip)
+        step = step_size * step_decay**i * gradient_fn(x).clamp(-clip, clip)
         x = move(x, step, pixels)
         if repeats > 1:
             x = move(x, (repeats - 1) * step, pixels)

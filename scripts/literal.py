@@ -70,7 +70,7 @@ class OneByOneGaussians:
 
     def __init__(self, p0):
         self.shape, self.normals = p0.shape, []
-        for k in range(len(p0.members)):
+        for k in range(len(p0.classes)):
             x = p0.class_images(k)
             covariance = torch.cov(x.double().T, correction=0)  # of few images, float32 is not
             covariance.diagonal().add_(p0.ridge)                # enough for its factor

@@ -1,5 +1,6 @@
 """The switches: what --fast stands for, and that a missing compiler is one line."""
 
+import copy
 import shlex
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from conftest import ROOT, TINY
 
 import train_jempp
+from models import JEM, frozen
 from utils import machine
 
 
@@ -28,6 +30,35 @@ def test_a_missing_compiler_is_one_line(tmp_path, call, monkeypatch):
     code, _, err = call(train_jempp.main, [*TINY, "--run_dir", tmp_path / "run", "--fast"])
     assert code == 2 and len(err.splitlines()) == 1 and "--compile off" in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("bf16", (False, True))
+def test_the_compiled_gradient_is_the_eager_one_also_of_a_copy(bf16):
+    """And batch norm sees the pass; a copy's gradient is of the copy's weights."""
+    torch.manual_seed(0)
+    model = JEM.wide_resnet(depth=10, width=1)
+    model.bf16 = bf16
+    eager, x, y = copy.deepcopy(model), torch.rand(4, 3, 16, 16) * 2 - 1, torch.arange(4)
+    machine.compiled(model, "default")
+    assert model.gradient_at is not JEM.gradient_at
+
+    def compare(a, b, labels):
+        with frozen(a), frozen(b), torch.no_grad():  # evaluation may switch gradients off
+            ours, expected = a.energy_gradient(x, labels), b.energy_gradient(x, labels)
+        assert not ours.requires_grad and all(p.grad is None for p in a.parameters())
+        cosine = torch.cosine_similarity(ours.flatten(), expected.flatten(), 0)
+        assert cosine > (0.9 if bf16 else 0.99999)  # bfloat16's own to float64: 0.98
+        assert ours.norm() / expected.norm() == pytest.approx(1, rel=0.05 if bf16 else 1e-3)
+
+    compare(model, eager, None)
+    compare(model, eager, y)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in [*copied.parameters(), *eager.parameters()]:
+            p.mul_(1.5)
+    compare(copied, eager, y)
+    means = [dict(m.named_buffers())["trunk.norm.running_mean"] for m in (copied, eager)]
+    assert torch.allclose(*means, atol=0.02 if bf16 else 1e-4)
 
 
 def test_every_row_of_the_options_script_is_a_command_that_parses():

@@ -127,6 +127,18 @@ def test_classes_are_drawn_by_their_frequency_and_every_class_needs_images():
         ClassGaussians.fit(x, y, 3)
 
 
+def test_compiled_draws_are_those_of_the_matrix_product():
+    x, y = correlated_images()
+    mixed = torch.randperm(len(y), generator=generator("cpu", 5))  # fit sorts them by class
+    plain, compiled = (ClassGaussians.fit(x[mixed], y[mixed], 2, compiled=c) for c in (False, True))
+    assert compiled.weighted_sum is not None and plain.weighted_sum is None
+    for n in (1, 5, 2 * ClassGaussians.few + 10):  # one pass a draw, and too many for that
+        a, b = (p0.sample(n, host=generator("cpu", 0), generator=generator("cpu", 1))
+                for p0 in (plain, compiled))
+        assert torch.allclose(a, b, atol=1e-5) and len(a) == n
+    assert len(a.unique(dim=0)) == n
+
+
 # -- replay buffer --------------------------------------------------------------------------------
 class Marked:
     """A p_0 that counts its draws and marks them with 7."""

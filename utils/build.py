@@ -35,7 +35,8 @@ def build(args, device):
                      alternating_flip=args.alternating_flip)
     if args.init == "informative":
         try:
-            p0 = ClassGaussians.fit(images.x, images.y, spec.n_classes)
+            p0 = ClassGaussians.fit(images.x, images.y, spec.n_classes,
+                                    compiled=args.compile != "off")
         except ValueError as error:  # --n_train left a class out
             raise InputError(f"{error}: raise --n_train, or --init uniform") from error
     else:

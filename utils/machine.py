@@ -99,8 +99,10 @@ def compiled(model, mode):
     """``model``, its calls compiled by torch.compile unless ``mode`` is off; in place, so that
     names, checkpoints and eager evaluation (``eager``) are untouched."""
     if mode != "off":
-        # one graph for each of: passes with weight gradients, passes of the sampler
-        model.compile(mode=mode, fullgraph=True, dynamic=False)
+        settings = {"mode": mode, "fullgraph": True, "dynamic": False}
+        model.compile(**settings)  # what has weight gradients: a graph forward and one back
+        torch._dynamo.config.trace_autograd_ops = True  # the sampler's passes: both in one graph
+        model.gradient_at = torch.compile(model.gradient_at, **settings)
     return model
 
 

@@ -19,7 +19,6 @@ from torchvision.datasets import CelebA
 
 from models import energy
 from samplers import to_pixels
-from samplers.sgld import input_gradient
 from utils import data, distributed
 from utils.cli import InputError, Unavailable
 from utils.seeding import generator
@@ -90,7 +89,7 @@ def gradient_norm_score(model, x_uint8, batch_size=500):
     if x_uint8.dtype != torch.uint8:
         raise ValueError(f"images are uint8 here, got {x_uint8.dtype}")
     def norms(part):
-        gradient = input_gradient(model.energy, to_pixels(part)).flatten(1)  # E = -log p(x)
+        gradient = model.energy_gradient(to_pixels(part)).flatten(1)  # E = -log p(x)
         return torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float64).cpu()
 
     training = model.training
