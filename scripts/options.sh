@@ -14,6 +14,8 @@ row options "labelled batch x 2" options-labelled "${M5[@]}" --labelled_batch "$
 row options "sam 0.05" options-sam "${M5[@]}" --sam 0.05 -- "${CAL[@]}"
 row options "schedule linear" options-linear "${M5[@]}" --schedule linear -- "${CAL[@]}"
 row options "bn_momentum 0.1" options-momentum "${M5[@]}" --bn_momentum 0.1 -- "${CAL[@]}"
+row options "p_x_weight 0.3" options-px03 "${M5[@]}" --p_x_weight 0.3 -- "${CAL[@]}"
+row options "p_x_weight 0.1" options-px01 "${M5[@]}" --p_x_weight 0.1 -- "${CAL[@]}"
 row options "nesterov" options-nesterov "${M5[@]}" --nesterov -- "${CAL[@]}"
 row options "step_decay 0.8" options-decay "${M5[@]}" --step_decay 0.8 -- "${CAL[@]}"
 row options "label_smoothing 0.1" options-smoothing "${M5[@]}" --label_smoothing 0.1 -- "${CAL[@]}"

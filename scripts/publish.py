@@ -101,22 +101,33 @@ def card(out):
         "paper's. `model.pt` holds float32 weights and images of the replay buffer as uint8; "
         f"SHA-256 `{weights}`.", "", "```bash", command(run), "",
         f"python eval_jempp.py --load_path {out.as_posix()}/model.pt --eval accuracy calibration",
-        "```", "", "| metric | value | n | protocol |", "|---|---:|---:|---|"]
-    for path in sorted(out.glob("*.jsonl")):
-        for r in records.read_jsonl(path):
-            value = (f"{100 * r['value']:.2f} %" if r["metric"] in PERCENT
-                     else f"{r['value']:.4g}")
-            words = " ".join(f"{k}={v}" for k, v in sorted(r["protocol"].items())
-                             if k in cli_words())
-            metric = r["metric"] if path.stem == "records" else f"{r['metric']} ({path.stem})"
-            lines.append(f"| {metric} | {value} | {r['n']} | {words} |")
-    lines.append("")
+        "```", "", *table(out), ""]
     for picture in sorted(out.glob("*.png")):
         lines += [f"![{picture.stem}]({picture.name})", ""]
     if (out / "limits.md").exists():
         lines.append((out / "limits.md").read_text())
     with records.replacing(out / "README.md", "w") as file:
         file.write("\n".join(lines).rstrip() + "\n")
+
+
+def table(out):
+    """The numbers as lines of Markdown: a row for each thing measured, with a column for this model
+    (NAME/records.jsonl) and one for each it is compared to (NAME/OTHER.jsonl)."""
+    others = sorted(path.stem for path in out.glob("*.jsonl") if path.stem != "records")
+    columns, rows = ["records", *others], {}
+    for column in columns:
+        path = out / f"{column}.jsonl"
+        for r in records.read_jsonl(path) if path.exists() else []:
+            words = " ".join(f"{k}={v}" for k, v in sorted(r["protocol"].items())
+                             if k in cli_words())
+            value = (f"{100 * r['value']:.2f} %" if r["metric"] in PERCENT
+                     else f"{r['value']:.4g}")
+            rows.setdefault((r["metric"], words, r["n"]), {})[column] = value
+    heads = ["metric", "this model", *others, "n", "protocol"]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 2), "---"]]
+    for (metric, words, n), values in rows.items():
+        lines.append([metric, *(values.get(column, "–") for column in columns), str(n), words])
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def cli_words():
