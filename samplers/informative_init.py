@@ -21,7 +21,7 @@ class ClassGaussians:
         mu + (z - mean(z)) @ X / sqrt(n) + sqrt(ridge) * eps
 
     has mean mu and covariance Sigma + ridge * I exactly, and costs one pass over the class. The
-    data set is all the state there is, kept as uint8 and class by class: nothing to fit for
+    data set is all the state there is, in a uint8 copy that lies class by class: nothing to fit for
     minutes, nothing to cache, and 100 classes take no more memory than 10.
     """
 
@@ -79,7 +79,7 @@ class ClassGaussians:
                 chunk = len(images) if device.type == "cuda" else self.rows
                 for z_part, part in zip(z.split(chunk, 1), images.split(chunk), strict=True):
                     draws.addmm_(z_part, part.float())
-            x[rows.to(device)] = draws
+            x[rows.to(device, non_blocking=True)] = draws
         if self.pixels is not None:
             x.clamp_(*self.pixels)
         return x.view(n, *self.shape)

@@ -291,10 +291,14 @@ def main(argv=None):
     p.add_argument("--show", metavar="FILE", help="print what --json left in FILE, and stop")
     own, rest = p.parse_known_args(argv)
     cli.refuse_torchrun("times one process; benchmark_scaling.py times several")
-    for r in records.read_jsonl(own.show) if own.show else []:
-        show(r)
     if own.show:
+        if not Path(own.show).is_file():
+            raise cli.InputError(f"--show {own.show}: there is no such file")
+        for r in records.read_jsonl(own.show):
+            show(r)
         return cli.EXIT_OK
+    if own.profile:
+        open(own.profile, "a").close()  # that it cannot be written is said before the hours
     if own.check:
         rest = [*rest, "--reinit_freq", "0"]  # both sides are given their x_0
     groups = configurations(own, rest)

@@ -28,6 +28,9 @@ PERCENT = {"accuracy", "ece", "ece_adaptive", "robust_accuracy"}
 def publish(run_dir, out, n_buffer):
     """RUN/best.pt without what only training needs; returns the path written."""
     content = checkpoint.check(read(run_dir / "best.pt"), run_dir / "best.pt")
+    log = records.read_jsonl(run_dir / "train.jsonl")
+    if not log or log[-1].get("reason") != "finished":
+        raise cli.InputError(f"{run_dir} has not finished: its training command goes on with it")
     if content["buffer"] is not None:
         every = max(1, len(content["buffer"]) // n_buffer)
         content["buffer"] = plots.to_uint8(content["buffer"][::every][:n_buffer].clone())
@@ -38,13 +41,12 @@ def publish(run_dir, out, n_buffer):
     out.mkdir(parents=True, exist_ok=True)
     with records.replacing(out / "model.pt") as file:
         torch.save(content, file)
-    write_account(run_dir, out, content)
+    write_account(out, log, content)
     return out / "model.pt"
 
 
-def write_account(run_dir, out, content):
+def write_account(out, log, content):
     """NAME/run.json: the command's flags, minutes, machine and epochs of the run."""
-    log = records.read_jsonl(run_dir / "train.jsonl")
     header = log[0]
     defaults = vars(checkpoint_defaults(header["args"]))
     machine = ("run_dir", "data_root", "download", "num_threads", "device")
@@ -91,16 +93,20 @@ def card(out):
     run = json.loads((out / "run.json").read_text())
     weights = hashlib.sha256((out / "model.pt").read_bytes()).hexdigest()
     env, flags = run["env"], run["flags"]
+    kind, buffer = "softmax network", ""
+    if flags.get("p_x_weight", 1) or flags.get("p_x_y_weight", 0):
+        kind, buffer = "JEM++", " and images of the replay buffer as uint8"
     lines = [
         f"# {out.name}", "",
-        f"A JEM++ of {run['parameters']:,} parameters on {flags.get('dataset', 'cifar10')}, "
+        f"A {kind} of {run['parameters']:,} parameters on {flags.get('dataset', 'cifar10')}, "
         f"trained for {run['epoch']} epochs ({run['step']:,} steps, {run['minutes']} minutes of "
         f"training on {env['device']}, {env['cpu']}, {run['threads']} thread(s)), torch "
         f"{env['torch']}, commit {env['commit'][:8]}, rollbacks {run['rollbacks']}.", "",
         "Every number on this page is † : a network far smaller and a run far shorter than the "
-        "paper's. `model.pt` holds float32 weights and images of the replay buffer as uint8; "
-        f"SHA-256 `{weights}`.", "", "```bash", command(run), "",
-        f"python eval_jempp.py --load_path {out.as_posix()}/model.pt --eval accuracy calibration",
+        f"paper's. `model.pt` holds float32 weights{buffer}; SHA-256 `{weights}`.", "",
+        "```bash", command(run), "",
+        f"python eval_jempp.py --load_path {out.as_posix()}/model.pt --eval accuracy calibration "
+        "--splits test",
         "```", "", *table(out), ""]
     for picture in sorted(out.glob("*.png")):
         lines += [f"![{picture.stem}]({picture.name})", ""]

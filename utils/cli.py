@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 
 EXIT_OK, EXIT_INPUT, EXIT_DIVERGED, EXIT_STOPPED = 0, 2, 3, 75
 
@@ -27,15 +28,30 @@ class Unavailable(InputError):
 
 def run(main):
     """Exit with ``main()``'s code; bad input and file trouble become one line and code 2."""
-    program = os.path.basename(sys.argv[0])
     threading.excepthook = quiet_thread
+    try:
+        code = exit_code(main, os.path.basename(sys.argv[0]))
+    except Exception:
+        if not launched():
+            raise
+        traceback.print_exc()
+        code = 1  # at once, or the others' word that this process is gone comes first
+    if launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # gloo's threads and the interpreter's end can wait for each other for ever
+    sys.exit(code)
+
+
+def exit_code(main, program):
+    """``main()``'s code, or that of what went wrong, said in one line; what is no fault of the
+    user's or the machine's is raised."""
     try:
         code = main()
     except InputError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or error.of_one_process:
-            print(f"{program}: error: {error}", file=sys.stderr)
-        else:
-            time.sleep(1)  # torchrun ends the others when the first has gone: it has to speak
+        if os.environ.get("LOCAL_RANK", "0") != "0" and not error.of_one_process:
+            time.sleep(3)  # most are everybody's: torchrun ends us once the first has said it
+        print(f"{program}: error: {error}", file=sys.stderr)
         code = EXIT_INPUT
     except BrokenPipeError:  # whoever read our output has read enough, as in "... | head"
         mute()
@@ -61,11 +77,7 @@ def run(main):
         where = f" ({error.filename})" if error.filename else ""
         print(f"{program}: error: {error.strerror}{where}", file=sys.stderr)
         code = EXIT_INPUT
-    if launched():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # gloo's threads and the interpreter's end can wait for each other for ever
-    sys.exit(code)
+    return code
 
 
 def launched():

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from utils import checkpoint, distributed
+from utils.cli import launched
 
 SATURATED = 0.995  # of a chain's pixels at their bounds: chains of one flat colour, no image
 COLLAPSED = 0.5  # of the best training accuracy so far
@@ -130,7 +131,8 @@ def roll_back(step, cause, run_dir, state, args, fresh, log):
 
 
 class Stop:
-    """Why to stop early: SIGTERM, SIGINT or --max_minutes. A second signal quits at once."""
+    """Why to stop early: SIGTERM, SIGINT or --max_minutes. A second signal quits at once, but for
+    torchrun's SIGTERM, which may follow one that all processes got: it has SIGKILL for the rest."""
 
     def __init__(self, max_minutes):
         self.why, self.deadline = None, time.monotonic() + 60 * (max_minutes or math.inf)
@@ -139,7 +141,8 @@ class Stop:
 
     def on_signal(self, number, frame):
         self.why = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        again = signal.SIG_IGN if launched() and number == signal.SIGTERM else signal.SIG_DFL
+        signal.signal(number, again)
 
     def reason(self):
         return self.why or ("max_minutes" if time.monotonic() > self.deadline else None)

@@ -66,8 +66,9 @@ def adversarial_batch(model, x, y, radius, norm, *, steps, generator):
     delta = project(delta, radius, norm)
     for _ in range(steps):
         x_adv = (x + delta).clamp(-1, 1).requires_grad_()
-        loss = F.cross_entropy(model(x_adv), y, reduction="sum")
-        (slope,) = torch.autograd.grad(loss, x_adv)
+        with frozen(model):
+            loss = F.cross_entropy(model(x_adv), y, reduction="sum")
+            (slope,) = torch.autograd.grad(loss, x_adv)
         delta = x_adv.detach() + 2.5 / steps * radius * steepest(slope, norm) - x
         delta = project(delta, radius, norm)
     return (x + delta).clamp(-1, 1)
