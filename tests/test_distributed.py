@@ -12,6 +12,7 @@ from conftest import ROOT, TINY
 
 import train_jempp
 from utils import checkpoint
+from utils.guard import Stop
 from utils.records import read_jsonl
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
@@ -158,15 +159,27 @@ def test_a_silent_process_ends_the_job(tmp_path):
 def test_a_signal_saves_once_and_all_stop_together(tmp_path):
     job = torchrun(2, "train_jempp.py", *LONG, "--run_dir", tmp_path)
     wait_for_steps(tmp_path, 8, job)
-    one = workers(job)[1]
-    os.kill(one, signal.SIGTERM)  # one of them is enough
-    time.sleep(0.05)
-    os.kill(one, signal.SIGTERM)  # as torchrun's own may follow a scheduler's
+    os.kill(workers(job)[1], signal.SIGTERM)  # one of them is enough
     code, output = finished(job, 60)
     end = read_jsonl(tmp_path / "train.jsonl")[-1]
     assert code != 0 and "exitcode  : 75" in output, output
     assert (end["reason"], end["exit_code"]) == ("SIGTERM", 75)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == end["step"]
+
+
+@pytest.mark.parametrize("launched, then", ((True, signal.SIG_IGN), (False, signal.SIG_DFL)))
+def test_torchruns_own_sigterm_after_a_schedulers_does_not_cut_the_saving(monkeypatch, launched,
+                                                                          then):
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    if launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    try:
+        stop = Stop(None)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reason() == "SIGTERM" and signal.getsignal(signal.SIGTERM) == then
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_divergence_is_decided_together(tmp_path):
