@@ -84,11 +84,14 @@ def test_scores_of_logits():
     assert p.dtype == torch.float64 and p[1] < p[2]
 
 
-class Quadratic(nn.Module):
+class Quadratic(JEM):
     """E(x) = ||x||^2 / 2 in eval mode, so grad_x log p(x) = -x; 100 times it in train mode."""
 
-    def energy(self, x):
-        return (100.0 if self.training else 1.0) * x.square().flatten(1).sum(1) / 2
+    def __init__(self):
+        nn.Module.__init__(self)
+
+    def forward(self, x):  # of one logit, LogSumExp is the logit
+        return (100.0 if self.training else 1.0) * -x.square().flatten(1).sum(1, keepdim=True) / 2
 
 
 @pytest.mark.parametrize("training", [True, False])
