@@ -147,6 +147,39 @@ def test_bad_input_is_said_once(tmp_path):
             assert output.count(words) == 1, output
 
 
+BROKEN = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train_jempp
+from utils import cli
+
+def rate(step, *others, of=train_jempp.learning_rate):
+    if step == 4 and os.environ["RANK"] == "1":
+        raise {error}
+    return of(step, *others)
+
+train_jempp.learning_rate = rate
+cli.run(train_jempp.main)
+"""
+
+
+def test_what_one_process_alone_finds_is_the_jobs_code_and_word(tmp_path):
+    faults = {"KeyError('alone')": (1, "KeyError: 'alone'"),
+              "cli.InputError('alone')": (2, "error: alone")}
+    jobs = []
+    for i, error in enumerate(faults):
+        script = tmp_path / f"broken{i}.py"
+        script.write_text(BROKEN.format(root=str(ROOT), error=error))
+        jobs.append(torchrun(2, script, *SMALL, "--run_dir", tmp_path / str(i),
+                             "--ckpt_steps", "2"))
+    for i, (job, (code, words)) in enumerate(zip(jobs, faults.values(), strict=True)):
+        _, output = finished(job)
+        root_cause = output.split("Root Cause")[1]
+        assert "rank      : 1" in root_cause and f"exitcode  : {code} " in root_cause, output
+        assert output.count(words) == 1, output
+        assert torch.load(tmp_path / str(i) / "last.pt", weights_only=True)["step"] == 4
+
+
 def test_a_silent_process_ends_the_job(tmp_path):
     job = torchrun(2, "train_jempp.py", *LONG, "--run_dir", tmp_path, "--dist_timeout", "0.05")
     wait_for_steps(tmp_path, 8, job)
