@@ -65,6 +65,7 @@ def exit_code(main, program):
                   f"command goes on from the last checkpoint [{str(error).splitlines()[0][:120]}]",
                   file=sys.stderr)
             code = EXIT_STOPPED
+            time.sleep(2)  # torchrun names as the cause whoever it sees gone first
         elif "allocate" in str(error) or "out of memory" in str(error):
             print(f"{program}: error: not enough memory: {str(error).splitlines()[0][:160]}",
                   file=sys.stderr)

@@ -8,8 +8,6 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from utils.cli import InputError, jsonable
 
 # The training arguments that a record of a measured number repeats.
@@ -129,6 +127,8 @@ def cpu_name():
 
 def environment(device):
     """What a number was measured with: versions, device, processor, commit."""
+    import torch  # here: what only reads and writes records does not wait for it
+
     commit, dirty = git_state()
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
