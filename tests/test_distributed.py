@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, TINY
 
 import train_jempp
-from utils import checkpoint
+from utils import checkpoint, cli
 from utils.guard import Stop
 from utils.records import read_jsonl
 
@@ -178,6 +178,15 @@ def test_what_one_process_alone_finds_is_the_jobs_code_and_word(tmp_path):
         assert "rank      : 1" in root_cause and f"exitcode  : {code} " in root_cause, output
         assert output.count(words) == 1, output
         assert torch.load(tmp_path / str(i) / "last.pt", weights_only=True)["step"] == 4
+
+
+@pytest.mark.parametrize("message, lost", [
+    ("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer", True),
+    ("Application timeout caused pair closure", True),  # which of them it is, is a matter of luck
+    ("The size of tensor a (2) must match the size of tensor b (3)", False)])
+def test_gloos_words_for_a_lost_process_are_known(monkeypatch, message, lost):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert cli.lost_a_process(RuntimeError(message)) is lost
 
 
 def test_a_silent_process_ends_the_job(tmp_path):

@@ -96,8 +96,9 @@ def lost_a_process(error):
     """Whether PyTorch's engine (gloo, NCCL or its store) gave up on a peer."""
     import torch.distributed as dist
 
+    said = str(error).lower()  # gloo names itself in all messages but "Application timeout caused ..."
     return dist.is_initialized() and (isinstance(error, dist.DistError)
-                                      or "gloo" in str(error).lower())
+                                      or "gloo" in said or "pair closure" in said)
 
 
 def quiet_thread(fault):
