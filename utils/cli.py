@@ -96,7 +96,7 @@ def lost_a_process(error):
     """Whether PyTorch's engine (gloo, NCCL or its store) gave up on a peer."""
     import torch.distributed as dist
 
-    said = str(error).lower()  # gloo names itself in all messages but "Application timeout caused ..."
+    said = str(error).lower()  # gloo names itself in all messages but that of a pair's closure
     return dist.is_initialized() and (isinstance(error, dist.DistError)
                                       or "gloo" in said or "pair closure" in said)
 
