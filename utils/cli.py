@@ -31,7 +31,7 @@ def run(main):
     threading.excepthook = quiet_thread
     try:
         code = exit_code(main, os.path.basename(sys.argv[0]))
-    except Exception:
+    except Exception:  # hidden from nobody: raised, or its traceback printed; only the exit is ours
         if not launched():
             raise
         traceback.print_exc()
