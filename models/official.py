@@ -4,6 +4,7 @@ They hold ``{"model_state_dict": ..., "replay_buffer": [n, 3, H, W]}`` or a bare
 PyTorch's zip or pre-1.6 format. Depth, width, norm and class count are read off the shapes. JEM++
 files repeat tensors (``f.layer_one``, ``f.other_layers``), JEM files carry an unused
 ``f.linear``, and both an ``energy_output`` head that the classifier's energy does not use.
+What is none of theirs is a ValueError.
 """
 
 import re
@@ -11,8 +12,6 @@ import re
 import torch
 
 from models.jem import JEM
-from utils.cli import InputError
-from utils.torch_files import one_line, read
 
 REPEATED_OR_UNUSED = re.compile(r"f\.layer_one\.|f\.other_layers\.|f\.linear\.|energy_output\.")
 RENAMED = (  # (pattern, ours); after a "module." of DataParallel is dropped
@@ -49,7 +48,7 @@ def our_name(key):
         renamed, hits = pattern.subn(replacement, key, count=1)
         if hits and pattern.match(key):
             return renamed
-    raise InputError(f"unknown tensor {key}")
+    raise ValueError(f"unknown tensor {key}")
 
 
 def network_of(state):
@@ -60,14 +59,14 @@ def network_of(state):
         width, rest = divmod(state["trunk.layer1.0.conv1.weight"].shape[0], 16)
         n_classes = state["trunk.head.weight"].shape[0]
     except (KeyError, IndexError, ValueError) as error:
-        raise InputError(f"no Wide-ResNet's tensors ({error})") from error
+        raise ValueError(f"no Wide-ResNet's tensors ({error})") from error
     if rest or not width:
-        raise InputError("layer widths are no multiple of 16")
+        raise ValueError("layer widths are no multiple of 16")
     if "trunk.norm.running_mean" in state:
         norm = "batch"
     elif "trunk.norm.weight" in state:
-        raise InputError("a norm without running statistics (layer, instance or ActNorm): "
-                                  "these cannot be told apart by shape")
+        raise ValueError("a norm without running statistics (layer, instance or ActNorm): these "
+                         "cannot be told apart by shape")
     else:
         norm = "none"
     return {"depth": depth, "width": width, "n_classes": n_classes, "norm": norm,
@@ -78,30 +77,27 @@ def convert(content):
     """The (JEM, replay buffer or None) in a released file's content."""
     state = state_dict_of(content)
     if state is None:
-        raise InputError("no dictionary of tensors")
+        raise ValueError("no dictionary of tensors")
     named = {our_name(key): tensor for key, tensor in state.items()}
     named.pop(None, None)
     try:
         model = JEM.wide_resnet(**network_of(named))
         model.load_state_dict(named)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(one_line(error, 200)) from error
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
     buffer = content.get("replay_buffer") if "model_state_dict" in content else None
     if isinstance(buffer, torch.Tensor) and buffer.numel() == 0:
         buffer = None
     if buffer is not None and (not isinstance(buffer, torch.Tensor) or buffer.dim() != 4
                                or buffer.shape[1] != 3):
-        raise InputError("its replay_buffer is no tensor [n, 3, H, W]")
+        raise ValueError("its replay_buffer is no tensor [n, 3, H, W]")
     return model, buffer
 
 
 def load_official(path):
     """(JEM on the CPU in train mode, replay buffer [n, 3, H, W] in [-1, 1] or None).
 
-    InputError, in one line, for a file that is none of theirs; nothing in it is executed.
+    Nothing in the file is executed. For a file of unknown origin use
+    ``utils.files.checkpoint.open_any``, which also checks sizes and checksums.
     """
-    content = read(path)
-    try:
-        return convert(content)
-    except InputError as error:
-        raise InputError(f"{path} is no released checkpoint: {error}") from error
+    return convert(torch.load(path, map_location="cpu", weights_only=True))

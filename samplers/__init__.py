@@ -11,8 +11,8 @@ from samplers.pyld import pyld, pyld_collapsed
 from samplers.replay_buffer import ReplayBuffer
 from samplers.sgld import PIXELS, descend, sgld
 
-__all__ = ["ClassGaussians", "ReplayBuffer", "UniformInit", "make_sampler", "pyld",
-           "pyld_collapsed", "sgld", "to_pixels"]
+__all__ = ["ClassGaussians", "ReplayBuffer", "UniformInit", "make_init", "make_sampler",
+           "pyld", "pyld_collapsed", "sampler_name", "sgld", "to_pixels"]
 
 
 def make_sampler(args):
@@ -31,3 +31,18 @@ def make_sampler(args):
                        step_size=args.sgld_lr, generator=generator, **shared)
 
     return draw
+
+
+def sampler_name(args):
+    """What the flags make, in the paper's words: "PYLD-10-5", or "SGLD-20"."""
+    if args.in_steps:
+        return f"PYLD-{args.n_steps}-{args.in_steps}"
+    return f"SGLD-{args.n_steps}"
+
+
+def make_init(name, x, y, n_classes, compiled=False):
+    """p_0 by name: ``informative``, estimated from images ``x`` uint8 [n, C, H, W] with labels
+    ``y`` [n] (ValueError where a class has none), or ``uniform`` noise of their shape."""
+    if name == "uniform":
+        return UniformInit(x.shape[1:], x.device)
+    return ClassGaussians.fit(x, y, n_classes, compiled=compiled)

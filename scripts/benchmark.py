@@ -31,8 +31,18 @@ import train_jempp  # noqa: E402
 from models import JEM  # noqa: E402
 from samplers import make_sampler  # noqa: E402
 from scripts.literal import Literal, check  # noqa: E402
-from utils import cli, machine, records  # noqa: E402
+from utils import (  # noqa: E402
+    cli,
+    flags,  # noqa: E402
+    machine,
+    program,
+)
+from utils.files import records  # noqa: E402
 from utils.seeding import seed_step  # noqa: E402
+from utils.training.build import (
+    Setup,  # noqa: E402
+    build,  # noqa: E402
+)
 
 SWITCHES = ("compile", "amp", "tf32", "cudnn_benchmark", "channels_last")
 JEM_FLAGS = ["--norm", "none", "--init", "uniform", "--optimizer", "adam", "--in_steps", "0",
@@ -80,7 +90,7 @@ def warm_up(build, iteration, device):
 
 
 def our_iteration(args, state, data, p0):
-    train_jempp.train_step(args, state, make_sampler(args), data, p0)
+    train_jempp.train_step(args, Setup(state, data, p0), make_sampler(args))
 
 
 def our_sampling(args, state, data, p0):
@@ -117,7 +127,7 @@ def prepare(method, several, device, literal):
     """(method, args, {name: work}, facts) of each of a method's configurations, warmed up. They
     differ in M and N alone and train on with the same weights."""
     args = several[0]
-    (state, data, p0), facts = warm_up(lambda: train_jempp.build(args, device)[:3],
+    (state, data, p0), facts = warm_up(lambda: build(args, device)[:3],
                                        lambda side: our_iteration(args, *side), device)
     if literal:
         other, more = warm_up(lambda: Literal(args, data, p0), lambda side: side.step(args), device)
@@ -238,7 +248,7 @@ def configurations(own, rest):
     groups = []
     for network in networks:
         def parsed(words, network=network):
-            return train_jempp.parse_args([*rest, *network, *words])
+            return cli.train_args([*rest, *network, *words])
 
         several = [parsed(words) for words in samplers]
         groups.append({"JEM++": several})
@@ -248,7 +258,7 @@ def configurations(own, rest):
         keep = COUNTED if own.only == "ours" and not own.check else COUNTED | LITERAL
         wrong = [f"--{k}" for k, v in keep.items() if getattr(several[0], k) != v]
         if wrong:
-            raise cli.InputError(f"{', '.join(wrong)}: the literal side has no such thing, or "
+            raise program.InputError(f"{', '.join(wrong)}: the literal side has no such thing, or "
                                  "operations are not counted for it (--only ours allows more)")
     return groups
 
@@ -264,7 +274,7 @@ def network(text):
 def checked(group, own, device):
     """The check of each configuration of JEM++ as a result."""
     for args in group["JEM++"]:
-        state, data, p0, _, _ = train_jempp.build(args, device)
+        state, data, p0, _, _ = build(args, device)
         state.step = args.warmup_iters
         yield {"method": "JEM++", "precision": own.check,
                "check": check(args, state, data, p0, getattr(torch, own.check)),
@@ -273,15 +283,15 @@ def checked(group, own, device):
 
 
 def main(argv=None):
-    p = cli.parser(__doc__.splitlines()[0])
+    p = program.parser(__doc__.splitlines()[0])
     p.add_argument("--networks", type=network, nargs="+", metavar="DEPTH-WIDTH",
                    help="of a grid, as 28-10 28-2 (--depth and --width)")
-    p.add_argument("--M", type=cli.POSITIVE, nargs="+", help="of a grid (--n_steps)")
-    p.add_argument("--N", type=cli.POSITIVE, nargs="+", help="of a grid (--in_steps)")
+    p.add_argument("--M", type=flags.POSITIVE, nargs="+", help="of a grid (--n_steps)")
+    p.add_argument("--N", type=flags.POSITIVE, nargs="+", help="of a grid (--in_steps)")
     p.add_argument("--jem", action="store_true",
                    help="time JEM, K = 20, too: as published, and with the same norm as JEM++")
     p.add_argument("--only", choices=("ours",), help="leave the literal side out")
-    p.add_argument("--repeats", type=cli.POSITIVE, default=5, help="interleaved rounds")
+    p.add_argument("--repeats", type=flags.POSITIVE, default=5, help="interleaved rounds")
     p.add_argument("--profile", metavar="FILE",
                    help="append a table of where the time of one iteration goes")
     p.add_argument("--check", nargs="?", choices=("float32", "float64"), const="float32",
@@ -290,13 +300,13 @@ def main(argv=None):
     p.add_argument("--json", action="store_true", help="a JSON object a configuration, no text")
     p.add_argument("--show", metavar="FILE", help="print what --json left in FILE, and stop")
     own, rest = p.parse_known_args(argv)
-    cli.refuse_torchrun("times one process; benchmark_scaling.py times several")
+    program.refuse_torchrun("times one process; benchmark_scaling.py times several")
     if own.show:
         if not Path(own.show).is_file():
-            raise cli.InputError(f"--show {own.show}: there is no such file")
+            raise program.InputError(f"--show {own.show}: there is no such file")
         for r in records.read_jsonl(own.show):
             show(r)
-        return cli.EXIT_OK
+        return program.EXIT_OK
     if own.profile:
         open(own.profile, "a").close()  # that it cannot be written is said before the hours
     if own.check:
@@ -308,12 +318,12 @@ def main(argv=None):
     for group in groups:
         for r in checked(group, own, device) if own.check else measure(group, own, device):
             if own.json:
-                print(json.dumps(cli.jsonable(r)), flush=True)
+                print(json.dumps(records.jsonable(r)), flush=True)
             else:
                 show(r)
         torch.compiler.reset()  # frees this network's programs and CUDA graphs
-    return cli.EXIT_OK
+    return program.EXIT_OK
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    program.run(main)

@@ -18,25 +18,30 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train_jempp  # noqa: E402
-from utils import cli, machine, records  # noqa: E402
+from utils import (  # noqa: E402
+    cli,
+    flags,  # noqa: E402
+    machine,
+    program,
+)
+from utils.files import records  # noqa: E402
 
 STEPS = 8  # of a turn that are timed, after as many that are not
 
 
-def images_per_s(processes, threads, parts, flags):
+def images_per_s(processes, threads, parts, words):
     """One turn: train for 2 * STEPS steps in a folder that goes away; the speed of the later."""
     with tempfile.TemporaryDirectory() as run_dir:
         launcher = ["-m", "torch.distributed.run", "--standalone",
                     f"--nproc_per_node={processes}"] if processes > 1 else []
         done = subprocess.run(
-            [sys.executable, *launcher, str(ROOT / "train_jempp.py"), *flags, "--accumulate",
+            [sys.executable, *launcher, str(ROOT / "train_jempp.py"), *words, "--accumulate",
              str(parts // processes), "--num_threads", str(threads), "--max_steps", str(2 * STEPS),
              "--print_every", str(STEPS), "--run_dir", run_dir],
             env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if "rror:" in line]
-            raise cli.InputError(f"a turn with {processes} processes failed: "
+            raise program.InputError(f"a turn with {processes} processes failed: "
                                  f"{said[0] if said else f'exit code {done.returncode}'}")
         steps = [r for r in records.read_jsonl(Path(run_dir) / "train.jsonl")
                  if r["kind"] == "step"]
@@ -44,27 +49,27 @@ def images_per_s(processes, threads, parts, flags):
 
 
 def main(argv=None):
-    p = cli.parser(__doc__.splitlines()[0])
-    p.add_argument("--processes", nargs="+", type=cli.POSITIVE, default=[1, 2], metavar="n",
+    p = program.parser(__doc__.splitlines()[0])
+    p.add_argument("--processes", nargs="+", type=flags.POSITIVE, default=[1, 2], metavar="n",
                    help="rows; each divides the largest")
-    p.add_argument("--repeats", type=cli.POSITIVE, default=3, help="turns of every row")
+    p.add_argument("--repeats", type=flags.POSITIVE, default=3, help="turns of every row")
     p.add_argument("--results", required=True, metavar="OUT.jsonl", help="append records here")
-    own, flags = p.parse_known_args(argv)
-    args, parts, started = train_jempp.parse_args(flags), max(own.processes), records.now()
+    own, words = p.parse_known_args(argv)
+    args, parts, started = cli.train_args(words), max(own.processes), records.now()
     device = machine.pick_device(args.device, 0)
-    cli.refuse_torchrun("starts torchrun itself")
+    program.refuse_torchrun("starts torchrun itself")
     if args.dry_run:
         cli.print_json(vars(args))
-        return cli.EXIT_OK
+        return program.EXIT_OK
     if any(parts % n for n in own.processes):
-        raise cli.InputError(f"each of --processes {own.processes} has to divide {parts}")
+        raise program.InputError(f"each of --processes {own.processes} has to divide {parts}")
     rows = {f"{n} x 1": (n, 1) for n in own.processes}
     if device.type == "cpu" and parts > 1:
         rows[f"1 x {parts}"] = (1, parts)
     speeds = {row: [] for row in rows}
     for _ in range(own.repeats):
         for row, (processes, threads) in rows.items():
-            speeds[row].append(images_per_s(processes, threads, parts, flags))
+            speeds[row].append(images_per_s(processes, threads, parts, words))
     first, env = statistics.median(speeds[next(iter(rows))]), records.environment(device)
     for row, (processes, threads) in rows.items():
         value = statistics.median(speeds[row])
@@ -72,13 +77,13 @@ def main(argv=None):
             "metric": "images_per_s", "value": value, "unit": "images/s", "n": own.repeats,
             "protocol": {"run": started, "processes": processes, "threads": threads,
                          "parts": parts, "ratio": value / first, "turns": speeds[row],
-                         "command": f"benchmark_scaling.py {' '.join(flags)}"},
+                         "command": f"benchmark_scaling.py {' '.join(words)}"},
             "method": row, "dataset": args.dataset, "seed": args.seed,
             "training": {k: getattr(args, k) for k in records.TRAINING} | {"step": None},
             "env": env, "time": records.now()})
         print(f"{row:8s} processes x threads {value:9.1f} images/s   ratio {value / first:.2f}")
-    return cli.EXIT_OK
+    return program.EXIT_OK
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    program.run(main)

@@ -15,9 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-import train_jempp  # noqa: E402
 from scripts.benchmark import SWITCHES, TURN, milliseconds, our_iteration  # noqa: E402
-from utils import cli, machine, records  # noqa: E402
+from utils import (  # noqa: E402
+    cli,
+    flags,  # noqa: E402
+    machine,
+    program,
+)
+from utils.files import records  # noqa: E402
+from utils.training.build import build  # noqa: E402
 
 ALL = "all"
 ROWS = {  # name: flags after the others
@@ -33,10 +39,10 @@ ROWS = {  # name: flags after the others
 
 def prepare(row, words, device):
     """(args, state, data, p0) of a row."""
-    args = train_jempp.parse_args([*words, *ROWS[row]])
+    args = cli.train_args([*words, *ROWS[row]])
     if "precision" in row:
         args.amp = {"off": "bf16", "bf16": "off"}[args.amp]
-    state, data, p0 = train_jempp.build(args, device)[:3]
+    state, data, p0 = build(args, device)[:3]
     if "in place" in row:
         for module in state.model.modules():
             if isinstance(module, torch.nn.LeakyReLU):
@@ -45,13 +51,13 @@ def prepare(row, words, device):
 
 
 def main(argv=None):
-    p = cli.parser(__doc__.splitlines()[0])
+    p = program.parser(__doc__.splitlines()[0])
     p.add_argument("--results", required=True, metavar="OUT.jsonl", help="append records here")
-    p.add_argument("--repeats", type=cli.POSITIVE, default=5, help="turns of every row")
+    p.add_argument("--repeats", type=flags.POSITIVE, default=5, help="turns of every row")
     own, rest = p.parse_known_args(argv)
-    cli.refuse_torchrun("times one process; benchmark_scaling.py times several")
+    program.refuse_torchrun("times one process; benchmark_scaling.py times several")
     words, started = ["--fast", *rest], records.now()
-    args = train_jempp.parse_args(words)
+    args = cli.train_args(words)
     device = machine.pick_device(args.device, args.num_threads)
     machine.set_switches(args, device)
     sides = {row: prepare(row, words, device) for row in ROWS}
@@ -75,8 +81,8 @@ def main(argv=None):
             "training": {k: getattr(args, k) for k in records.TRAINING} | {"step": None},
             "env": env, "time": records.now()})
         print(f"{row:46s} {value:9.1f} ms   x {value / first:.2f}")
-    return cli.EXIT_OK
+    return program.EXIT_OK
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    program.run(main)

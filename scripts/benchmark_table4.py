@@ -13,26 +13,32 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train_jempp  # noqa: E402
 from scripts.benchmark import JEM_FLAGS, SWITCHES, TURN, milliseconds, our_iteration  # noqa: E402
-from utils import cli, machine, records  # noqa: E402
+from utils import (  # noqa: E402
+    cli,
+    flags,  # noqa: E402
+    machine,
+    program,
+)
+from utils.files import records  # noqa: E402
+from utils.training.build import build  # noqa: E402
 
 ROWS = {"JEM": JEM_FLAGS} | {f"JEM++ M={m} N={n}": ["--n_steps", str(m), "--in_steps", str(n)]
                              for m in (5, 10, 20) for n in (5, 10, 20)}
 
 
 def main(argv=None):
-    p = cli.parser(__doc__.splitlines()[0])
+    p = program.parser(__doc__.splitlines()[0])
     p.add_argument("--results", required=True, metavar="OUT.jsonl", help="append records here")
-    p.add_argument("--repeats", type=cli.POSITIVE, default=5, help="turns of every row")
+    p.add_argument("--repeats", type=flags.POSITIVE, default=5, help="turns of every row")
     own, rest = p.parse_known_args(argv)
-    cli.refuse_torchrun("times one process; benchmark_scaling.py times several")
-    settings = {row: train_jempp.parse_args([*rest, *flags]) for row, flags in ROWS.items()}
+    program.refuse_torchrun("times one process; benchmark_scaling.py times several")
+    settings = {row: cli.train_args([*rest, *flags]) for row, flags in ROWS.items()}
     args, started = settings["JEM"], records.now()
     device = machine.pick_device(args.device, args.num_threads)
     machine.set_switches(args, device)
-    jem = train_jempp.build(args, device)[:3]
-    jempp = train_jempp.build(settings["JEM++ M=5 N=5"], device)[:3]  # one network for all M, N
+    jem = build(args, device)[:3]
+    jempp = build(settings["JEM++ M=5 N=5"], device)[:3]  # one network for all M, N
 
     def turn(row):
         side = jem if row == "JEM" else jempp
@@ -58,8 +64,8 @@ def main(argv=None):
             | {"step": None}, "env": env, "seconds": None, "time": records.now()})
         ratio = statistics.median(times["JEM"]) / value
         print(f"{row:18s} {value:9.1f} ms   JEM / this {ratio:.2f}")
-    return cli.EXIT_OK
+    return program.EXIT_OK
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    program.run(main)

@@ -16,8 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from samplers import ClassGaussians  # noqa: E402
-from utils import cli, plots, records  # noqa: E402
+from utils import (  # noqa: E402
+    flags,  # noqa: E402
+    plots,
+    program,
+)
 from utils.data import SPECS, load  # noqa: E402
+from utils.files import records  # noqa: E402
 from utils.seeding import seed_step  # noqa: E402
 
 
@@ -44,7 +49,7 @@ def curves(args):
         for k, run in enumerate(runs):
             log = records.read_jsonl(Path(run) / "train.jsonl")
             if not log:
-                raise cli.InputError(f"{run} holds no train.jsonl")
+                raise program.InputError(f"{run} holds no train.jsonl")
             points = [(r["epoch"], 100 * r["test_accuracy"]) for r in log if r["kind"] == "eval"]
             epochs, accuracy = zip(*points, strict=True) if points else ((), ())
             axis.plot(epochs, accuracy, ".-", color=f"C{number}", alpha=0.8,
@@ -70,7 +75,7 @@ def evolution(args):
         if r["metric"] in ("accuracy", "is_mean", "fid", "kid", "fd_features"):
             series[r["metric"]][r["checkpoint"]["epoch"]] = r["value"]
     if not series:
-        raise cli.InputError(f"{args.records} holds no accuracy or image metric")
+        raise program.InputError(f"{args.records} holds no accuracy or image metric")
     figure, axes = plots.plt.subplots(1, len(series), figsize=(3.2 * len(series), 2.8),
                                       squeeze=False)
     for axis, (metric, points) in zip(axes[0], series.items(), strict=True):
@@ -96,22 +101,22 @@ def robustness(args):
 
 
 def main(argv=None):
-    p = cli.parser(__doc__.splitlines()[0])
+    p = program.parser(__doc__.splitlines()[0])
     p.add_argument("figure", choices=("p0", "curves", "evolution", "robustness"))
     p.add_argument("--out", required=True, help="the picture (robustness: without _linf.png)")
     p.add_argument("--records", default=None, help="a results file")
     p.add_argument("--line", nargs="+", action="append", default=[], metavar="LABEL RUN...",
                    help="a label and its run folders; may be repeated")
-    cli.add_data_flags(p)
+    flags.add_data(p)
     args = p.parse_args(argv)
     if args.figure == "curves" and not any(len(words) > 1 for words in args.line):
-        raise cli.InputError("curves: name runs with --line LABEL RUN...")
+        raise program.InputError("curves: name runs with --line LABEL RUN...")
     if args.figure in ("evolution", "robustness") and not args.records:
-        raise cli.InputError(f"{args.figure}: name a results file with --records")
+        raise program.InputError(f"{args.figure}: name a results file with --records")
     draw = {"p0": p0, "curves": curves, "evolution": evolution, "robustness": robustness}
     draw[args.figure](args)
-    return cli.EXIT_OK
+    return program.EXIT_OK
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    program.run(main)

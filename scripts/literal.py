@@ -18,8 +18,9 @@ from torch.distributions import MultivariateNormal
 import train_jempp
 from models import energy
 from samplers import make_sampler
-from utils.build import new_state
 from utils.seeding import seed_step
+from utils.training.build import Setup, new_state
+from utils.training.schedule import learning_rate
 
 # Our switches as this side has them; --cudnn_benchmark, which the released code has on, is shared.
 SWITCHES = {"fast": False, "compile": "off", "amp": "off", "tf32": False, "channels_last": False}
@@ -47,7 +48,7 @@ class Literal:
         """One iteration, with ``drawn``, (x_0, slots), where they are given."""
         state = self.state
         for group in state.optimizer.param_groups:
-            group["lr"] = train_jempp.learning_rate(state.step, self.data.steps_per_epoch, args)
+            group["lr"] = learning_rate(state.step, self.data.steps_per_epoch, args)
         with full_float32():
             literal_step(state, self.data.batch(state.step), drawn or self.draw(args), args)
         state.step += 1
@@ -144,7 +145,7 @@ def check(args, state, data, p0, dtype=torch.float32, steps=3):
         x_0, slots = state.buffer.draw(args.batch_size, p0, args.reinit_freq,
                                        host=streams.host, generator=streams.device)
         literal.step(args, (x_0, slots.to(x_0.device)))
-        train_jempp.train_step(args, state, draw, data, p0)
+        train_jempp.train_step(args, Setup(state, data, p0), draw)
         found.append({"step": state.step, "lr": state.optimizer.param_groups[0]["lr"],
                       **differences(state, literal.state, before, slots)})
     return found

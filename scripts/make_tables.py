@@ -8,7 +8,7 @@
 No number stands in this file: the paper's are in results/paper.jsonl, ours in results/TABLE.jsonl.
 Ours is the mean over training seeds ± sample standard deviation, – where nothing was measured, and
 carries † where its protocol is smaller than the paper's (the lines "protocol" of paper.jsonl), with
-a footnote made from the records. How cells come from records is in utils/table_cells.py.
+a footnote made from the records. How cells come from records is in scripts/tables/cells.py.
 """
 
 import re
@@ -19,8 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import cli, records, table_records  # noqa: E402
-from utils.table_cells import NOTHING, OURS_ALONE, PAPER_ALONE, cell_of, delta  # noqa: E402
+from scripts.tables import sources  # noqa: E402
+from scripts.tables.cells import NOTHING, OURS_ALONE, PAPER_ALONE, cell_of, delta  # noqa: E402
+from utils import flags, program  # noqa: E402
+from utils.files import records  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 TITLES = {
@@ -129,7 +131,7 @@ def section(table, title, numbers, results, full_scale):
     """A table of paper numbers beside ours, as Markdown with its footnotes."""
     timings = [r for r in results["table4"] if r["metric"] == "iteration_ms"]
     rows = {}
-    for number in table_records.with_ours_alone(numbers, results[table], timings):
+    for number in sources.with_ours_alone(numbers, results[table], timings):
         cell = cell_of(number, results[table], timings, full_scale)
         rows.setdefault(number["row"], []).append((number, cell))
     columns = [number for number, _ in next(iter(rows.values()))]
@@ -141,8 +143,8 @@ def section(table, title, numbers, results, full_scale):
 
 def hyper_parameters(title, numbers):
     """Table 6 beside the defaults of our flags."""
-    parser = cli.parser("")
-    cli.add_sampler_flags(parser)
+    parser = program.parser("")
+    flags.add_sampler(parser)
     ours = vars(parser.parse_args([]))
     lines = [f"### {title}", "", *map(markdown_row, (["variable", "paper", "flag", "our default"],
                                                      ["---", "---:", "---", "---:"]))]
@@ -159,7 +161,7 @@ def compared(title, own_records, script):
     shown = {"accuracy": ("accuracy %", 100), "ece": ("ECE %", 100), "energy_gap": ("gap", 1)}
     values, lost, about = {}, set(), {}
     for r in own_records:
-        run = r["method"], table_records.seed_of(r)
+        run = r["method"], sources.seed_of(r)
         if r["metric"] == "diverged":
             lost.add(run)
         if r["metric"] in shown and r["protocol"].get("split", "test") == "test":
@@ -229,13 +231,13 @@ def published(title, folder, numbers):
 def all_tables(folder):
     """{title: Markdown} of every table, in the paper's order; Table 7 is one for each score. Ours
     alone, where there are records, come last."""
-    numbers, full_scale = table_records.read_paper(folder, ROOT / "results")
-    results = {table: table_records.read_results(folder / f"{table}.jsonl", full_scale)
+    numbers, full_scale = sources.read_paper(folder, ROOT / "results")
+    results = {table: sources.read_results(folder / f"{table}.jsonl", full_scale)
                for table in TITLES}
     texts = {}
     for table, title in TITLES.items():
         of_table = [n for n in numbers if n["table"] == table]
-        for sentence in table_records.left_out(of_table, results[table]):
+        for sentence in sources.left_out(of_table, results[table]):
             print(f"left out: {table}.jsonl: {sentence}", file=sys.stderr)
         for score in dict.fromkeys(n.get("score") for n in of_table):
             part = [n for n in of_table if n.get("score") == score]
@@ -256,7 +258,8 @@ def split_readme(path):
     text = path.read_text(encoding="utf-8")
     parts = re.split(f"{re.escape(BEGIN)}|{re.escape(END)}", text)
     if len(parts) != 3 or not text.index(BEGIN) < text.index(END):
-        raise cli.InputError(f"{path} needs the lines {BEGIN} and {END}, once each, in this order")
+        raise program.InputError(f"{path} needs the lines {BEGIN} and {END}, once each, in this "
+                                 "order")
     return parts
 
 
@@ -269,7 +272,7 @@ def disagreements(between, texts):
 
 
 def main(argv=None):
-    p = cli.parser(__doc__.splitlines()[0])
+    p = program.parser(__doc__.splitlines()[0])
     p.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR",
                    help="folder of the records; without a paper.jsonl there, results/ has it")
     p.add_argument("--print", action="store_true", help="to the terminal (without other words)")
@@ -279,12 +282,12 @@ def main(argv=None):
                    help="write nothing; exit code 1 if --readme and the records disagree")
     args = p.parse_args(argv)
     if not args.results.is_dir():
-        raise cli.InputError(f"--results {args.results} is no folder")
+        raise program.InputError(f"--results {args.results} is no folder")
     texts = all_tables(args.results)
     if args.print or not (args.readme or args.check):
         print("\n\n".join(texts.values()))
     if not (args.readme or args.check):
-        return cli.EXIT_OK
+        return program.EXIT_OK
     readme = args.readme or ROOT / "README.md"
     before, between, after = split_readme(readme)
     if args.check:
@@ -296,8 +299,8 @@ def main(argv=None):
     with records.replacing(readme) as file:
         file.write("".join([before, BEGIN, "\n\n", "\n\n".join(texts.values()), "\n\n", END,
                             after]).encode())
-    return cli.EXIT_OK
+    return program.EXIT_OK
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    program.run(main)

@@ -19,8 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from utils import checkpoint, cli, plots, records  # noqa: E402
-from utils.torch_files import read  # noqa: E402
+from utils import (  # noqa: E402
+    cli,
+    flags,  # noqa: E402
+    plots,
+    program,
+)
+from utils.files import checkpoint, records  # noqa: E402
+from utils.files.torch_files import read  # noqa: E402
 
 PERCENT = {"accuracy", "ece", "ece_adaptive", "robust_accuracy"}
 
@@ -30,7 +36,7 @@ def publish(run_dir, out, n_buffer):
     content = checkpoint.check(read(run_dir / "best.pt"), run_dir / "best.pt")
     log = records.read_jsonl(run_dir / "train.jsonl")
     if not log or log[-1].get("reason") != "finished":
-        raise cli.InputError(f"{run_dir} has not finished: its training command goes on with it")
+        raise program.InputError(f"{run_dir} has not finished: its training command goes on")
     if content["buffer"] is not None:
         every = max(1, len(content["buffer"]) // n_buffer)
         content["buffer"] = plots.to_uint8(content["buffer"][::every][:n_buffer].clone())
@@ -51,7 +57,7 @@ def write_account(out, log, content):
     defaults = vars(checkpoint_defaults(header["args"]))
     machine = ("run_dir", "data_root", "download", "num_threads", "device")
     typed = {k: v for k, v in header["args"].items() if k not in machine
-             and (k == "dataset" or cli.jsonable(defaults.get(k)) != v)}
+             and (k == "dataset" or records.jsonable(defaults.get(k)) != v)}
     steps = [r for r in log if r["kind"] == "step"]
     images = header["args"]["labelled_batch"]
     seconds, last = 0.0, 0
@@ -71,9 +77,8 @@ def write_account(out, log, content):
 
 def checkpoint_defaults(args):
     """What train_jempp.py would have used had nothing but the data set been typed."""
-    import train_jempp
 
-    return train_jempp.parse_args(["--dataset", args["dataset"]])
+    return cli.train_args(["--dataset", args["dataset"]])
 
 
 def command(run):
@@ -143,20 +148,20 @@ def cli_words():
 
 
 def main(argv=None):
-    p = cli.parser(__doc__.splitlines()[0])
+    p = program.parser(__doc__.splitlines()[0])
     p.add_argument("what", choices=("model", "card"))
     p.add_argument("paths", nargs="+", type=Path, metavar="RUN OUT | OUT")
-    p.add_argument("--n_buffer", type=cli.POSITIVE, default=300, help="buffer images to publish")
+    p.add_argument("--n_buffer", type=flags.POSITIVE, default=300, help="buffer images to publish")
     args = p.parse_args(argv)
     if len(args.paths) != {"model": 2, "card": 1}[args.what]:
-        raise cli.InputError("type `model RUN OUT` or `card OUT`")
+        raise program.InputError("type `model RUN OUT` or `card OUT`")
     if args.what == "model":
-        cli.say(f"wrote {publish(*args.paths, args.n_buffer)}")
+        program.say(f"wrote {publish(*args.paths, args.n_buffer)}")
     else:
         card(args.paths[0])
-        cli.say(f"wrote {args.paths[0] / 'README.md'}")
-    return cli.EXIT_OK
+        program.say(f"wrote {args.paths[0] / 'README.md'}")
+    return program.EXIT_OK
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    program.run(main)

@@ -10,19 +10,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import cli, records  # noqa: E402
+from utils import program  # noqa: E402
+from utils.files import records  # noqa: E402
 
 
 def main(argv=None):
-    p = cli.parser(__doc__.splitlines()[0])
+    p = program.parser(__doc__.splitlines()[0])
     p.add_argument("run_dir", help="a run folder of train_jempp.py")
     p.add_argument("--method", required=True, help="its row in the paper")
     p.add_argument("--results", required=True, metavar="OUT.jsonl", help="append records here")
     args = p.parse_args(argv)
     log = records.read_jsonl(Path(args.run_dir) / "train.jsonl")
     if not log or log[-1].get("kind") != "end":
-        raise cli.InputError(f"{args.run_dir} holds no run that has ended (no train.jsonl with a "
-                             "closing line)")
+        raise program.InputError(f"{args.run_dir} holds no run that has ended (no train.jsonl with "
+                                 "a closing line)")
     header = log[0]
     end, trained = log[-1], header["args"]
     common = {
@@ -44,8 +45,8 @@ def main(argv=None):
         records.append_jsonl(args.results, {
             "metric": "diverged", "value": end["step"], "unit": "step", "n": 1,
             "protocol": {"cause": end["detail"]}, **common})
-    return cli.EXIT_OK
+    return program.EXIT_OK
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    program.run(main)

@@ -24,14 +24,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def call(capsys, monkeypatch):
     """Run a script's main with a list of words; returns (exit code, stdout, stderr)."""
-    from utils import cli
+    from utils import program
 
     def run(main, argv):
         before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
         monkeypatch.setattr(sys, "argv", [Path(sys.modules[main.__module__].__file__).name])
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            cli.run(lambda: main([str(word) for word in argv]))
+            program.run(lambda: main([str(word) for word in argv]))
         for number, handler in before.items():
             signal.signal(number, handler)
         out, err = capsys.readouterr()

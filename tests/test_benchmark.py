@@ -13,8 +13,10 @@ from conftest import ROOT, TINY
 import train_jempp
 from samplers import make_sampler
 from scripts import benchmark, benchmark_switches, benchmark_table4, literal
+from utils import cli
+from utils.files.records import read_jsonl
 from utils.machine import pick_device
-from utils.records import read_jsonl
+from utils.training.build import Setup, build
 
 
 def lines(out):
@@ -69,7 +71,7 @@ def test_what_cannot_be_measured_is_refused(call, flags, word):
 
 
 def test_forward_images_are_the_papers_cost():
-    cost = {m: benchmark.forward_images(train_jempp.parse_args(["--n_steps", str(m)])) / 64
+    cost = {m: benchmark.forward_images(cli.train_args(["--n_steps", str(m)])) / 64
             for m in (5, 10, 20)}
     assert cost == {5: 19, 10: 29, 20: 49}
 
@@ -81,8 +83,8 @@ def test_counted_operations_of_the_papers_network():
 
 def sides(*flags):
     """(args, our state, data, p_0) on digits, past the warm-up."""
-    args = train_jempp.parse_args([*TINY, "--reinit_freq", "0", *flags])
-    state, data, p0, _, _ = train_jempp.build(args, pick_device("cpu", 1))
+    args = cli.train_args([*TINY, "--reinit_freq", "0", *flags])
+    state, data, p0, _, _ = build(args, pick_device("cpu", 1))
     state.step = args.warmup_iters
     return args, state, data, p0
 
@@ -170,7 +172,7 @@ def test_compiled_steps_are_the_eager_ones(norm, dtype, bound):
     for _ in range(3):
         literal.copy_state(compiled, state)
         before = literal.vector(state.model.parameters())
-        metrics = [train_jempp.train_step(a, s, make_sampler(a), data, p0)
+        metrics = [train_jempp.train_step(a, Setup(s, data, p0), make_sampler(a))
                    for a, s in ((args, state), (compiled_args, compiled))]
         found = literal.differences(state, compiled, before, torch.arange(len(state.buffer)))
         assert found["relative"] < bound

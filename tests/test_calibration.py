@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.calibration import calibration_curve
 
-from utils.calibration import (
+from utils.evaluation.calibration import (
     adaptive_calibration_error,
     brier_score,
     expected_calibration_error,

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from samplers import to_pixels
-from utils.cli import InputError
 from utils.data import (
     SPECS,
     Images,
@@ -21,6 +20,7 @@ from utils.data import (
     reflect,
 )
 from utils.plots import to_uint8
+from utils.program import InputError
 from utils.seeding import generator
 
 DATA = ROOT / "data"

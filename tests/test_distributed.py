@@ -11,9 +11,10 @@ import torch
 from conftest import ROOT, TINY
 
 import train_jempp
-from utils import checkpoint, cli
-from utils.guard import Stop
-from utils.records import read_jsonl
+from utils import program
+from utils.files import checkpoint
+from utils.files.records import read_jsonl
+from utils.training.guard import Stop
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 SMALL = [*TINY, "--n_valid", "1347", "--batch_size", "8", "--lr", "0.01"]  # 5 steps of 16 an epoch
@@ -153,19 +154,19 @@ sys.path.insert(0, {root!r})
 import train_jempp
 from utils import cli
 
-def rate(step, *others, of=train_jempp.learning_rate):
+def rate(step, *others, of=learning_rate):
     if step == 4 and os.environ["RANK"] == "1":
         raise {error}
     return of(step, *others)
 
-train_jempp.learning_rate = rate
-cli.run(train_jempp.main)
+learning_rate = rate
+program.run(train_jempp.main)
 """
 
 
 def test_what_one_process_alone_finds_is_the_jobs_code_and_word(tmp_path):
     faults = {"KeyError('alone')": (1, "KeyError: 'alone'"),
-              "cli.InputError('alone')": (2, "error: alone")}
+              "program.InputError('alone')": (2, "error: alone")}
     jobs = []
     for i, error in enumerate(faults):
         script = tmp_path / f"broken{i}.py"
@@ -186,7 +187,7 @@ def test_what_one_process_alone_finds_is_the_jobs_code_and_word(tmp_path):
     ("The size of tensor a (2) must match the size of tensor b (3)", False)])
 def test_gloos_words_for_a_lost_process_are_known(monkeypatch, message, lost):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert cli.lost_a_process(RuntimeError(message)) is lost
+    assert program.lost_a_process(RuntimeError(message)) is lost
 
 
 def test_a_silent_process_ends_the_job(tmp_path):

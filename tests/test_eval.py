@@ -14,9 +14,10 @@ from test_official import FIXTURE, needs_fixture, released_file
 import eval_jempp
 import train_jempp
 from samplers import pyld_collapsed
-from utils import calibration, checkpoint, evaluations, ood, subject
 from utils.data import Images
-from utils.records import read_jsonl
+from utils.evaluation import calibration, evaluations, ood, subject
+from utils.files import checkpoint
+from utils.files.records import read_jsonl
 
 QUICK = ["--n_attack", "20", "--eps_linf", "8", "--eps_l2", "0.5", "--attack_steps", "3",
          "--attack_restarts", "2", "--chain_steps", "3", "--chain_batch", "12", "--ood", "interp",
@@ -148,9 +149,9 @@ def test_released_files_give_the_fixtures_numbers(tmp_path, call, monkeypatch, n
     y[:3] = (y[:3] + 1) % 10  # 5 of 8 right
     images = Images(torch.from_numpy(theirs["x"]), torch.from_numpy(y))
     monkeypatch.setattr(subject, "load_splits", lambda *a, **k: (images, images, images))
-    monkeypatch.setattr("utils.inference.to_pixels", lambda x: x)  # the fixture's x is no uint8
-    monkeypatch.setattr("utils.evaluations.ood.out_images", lambda *a, **k: images.x)
-    monkeypatch.setattr("utils.evaluations.ood.gradient_norm_score",
+    monkeypatch.setattr("utils.evaluation.inference.to_pixels", lambda x: x)
+    monkeypatch.setattr("utils.evaluation.evaluations.ood.out_images", lambda *a, **k: images.x)
+    monkeypatch.setattr("utils.evaluation.evaluations.ood.gradient_norm_score",
                         lambda model, x, batch: torch.zeros(len(x)))
     out = tmp_path / "out.jsonl"
     code, text, err = call(eval_jempp.main, [

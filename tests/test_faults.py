@@ -25,9 +25,10 @@ from test_eval import Evil
 from test_train import flat
 
 import train_jempp
-from utils import checkpoint, cli, records
-from utils.cli import InputError
-from utils.records import read_jsonl
+from utils import cli
+from utils.files import checkpoint, records
+from utils.files.records import read_jsonl
+from utils.program import InputError
 
 
 def tiny(run_dir, *more):
@@ -41,14 +42,14 @@ def run_main(argv):
     sys.argv[0] = "train_jempp.py"
     try:
         with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-            cli.run(lambda: train_jempp.main(argv))
+            program.run(lambda: train_jempp.main(argv))
     except SystemExit as end:
         return end.code, err.getvalue()
     finally:
         sys.argv[0] = program
         for number, handler in before.items():
             signal.signal(number, handler)
-    raise AssertionError("cli.run always exits")
+    raise AssertionError("program.run always exits")
 
 
 def child(work):
@@ -298,16 +299,16 @@ def test_what_diverges_for_certain_ends_with_the_rollbacks_on_record(tmp_path, f
     ({"loss": 1.0, "e_pos_y": 5e3, "e_neg_y": 0.0}, "--max_gap"),
     ({"loss": 1.0, "e_pos": 0.0, "e_neg": 0.0, "saturated": 0.999}, "at their bounds")])
 def test_the_guards_causes(row, cause):
-    from utils.guard import Guard
+    from utils.training.guard import Guard
 
-    found = Guard(train_jempp.parse_args([]), 10).fault(row, {})
+    found = Guard(cli.train_args([]), 10).fault(row, {})
     assert found is None if cause is None else cause in found
 
 
 def test_the_guard_sees_accuracy_collapse():
-    from utils.guard import Guard
+    from utils.training.guard import Guard
 
-    guard, memory = Guard(train_jempp.parse_args([]), 10), {}
+    guard, memory = Guard(cli.train_args([]), 10), {}
     assert not any(guard.fault({"loss": 1.0, "accuracy": 0.9}, memory) for _ in range(300))
     falls = [guard.fault({"loss": 1.0, "accuracy": 0.1}, memory) for _ in range(100)]
     assert falls[0] is None and "training accuracy fell" in falls[-1]

@@ -22,8 +22,8 @@ from PIL import Image
 from pytorch_fid.fid_score import get_activations
 
 from models import JEM
-from utils import generation
-from utils.cli import InputError
+from utils.evaluation import generation
+from utils.program import InputError
 
 # scipy's remark on how pytorch-fid calls it; scipy is pinned below the version that would fail.
 pytestmark = [pytest.mark.filterwarnings("ignore:The `disp` argument:DeprecationWarning"),

@@ -9,16 +9,16 @@ from conftest import ROOT, TINY
 
 import train_jempp
 from models import JEM, frozen
-from utils import machine
+from utils import cli, machine
 
 
 @pytest.mark.parametrize("kind", ("cpu", "cuda"))
 def test_fast_turns_on_what_pays_and_what_is_typed_wins(kind):
-    plain = vars(train_jempp.parse_args(["--device", kind]))
+    plain = vars(cli.train_args(["--device", kind]))
     assert {k: plain[k] for k in machine.OFF} == machine.OFF
-    fast = vars(train_jempp.parse_args(["--device", kind, "--fast"]))
+    fast = vars(cli.train_args(["--device", kind, "--fast"]))
     assert {k: fast[k] for k in machine.OFF} == machine.OFF | machine.FAST[kind]
-    typed = train_jempp.parse_args(["--device", kind, "--fast", "--compile", "off"])
+    typed = cli.train_args(["--device", kind, "--fast", "--compile", "off"])
     assert typed.compile == "off"
 
 
@@ -65,8 +65,8 @@ def test_every_row_of_the_options_script_is_a_command_that_parses():
     text = (ROOT / "scripts" / "options.sh").read_text()
     rows = [shlex.split(line) for line in text.splitlines() if line.startswith("row ")]
     assert len(rows) > 10 and len({row[2] for row in rows}) == len({row[3] for row in rows})
-    defaults = vars(train_jempp.parse_args([]))
+    defaults = vars(cli.train_args([]))
     for row in rows:
         flags = [w.replace("$LABELLED", "128") for w in row[4:row.index("--")] if "@" not in w]
-        changed = {k for k, v in vars(train_jempp.parse_args(flags)).items() if v != defaults[k]}
+        changed = {k for k, v in vars(cli.train_args(flags)).items() if v != defaults[k]}
         assert len(changed) == (row[2] != "baseline"), (row[2], changed)

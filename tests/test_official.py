@@ -10,7 +10,7 @@ import torch
 from models.official import load_official, our_name
 from samplers import pyld, pyld_collapsed, sgld
 from samplers.sgld import input_gradient
-from utils.cli import InputError
+from utils.program import InputError
 
 FIXTURE = Path(os.environ.get("JEMPP_FIXTURE", Path(__file__).resolve().parents[2]
                               / "shared" / "reference" / "fixture"))

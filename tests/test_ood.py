@@ -8,8 +8,9 @@ from sklearn.metrics import average_precision_score, roc_curve
 from torch import nn
 
 from models import JEM
-from utils import data, ood
-from utils.cli import InputError
+from utils import data
+from utils.evaluation import ood
+from utils.program import InputError
 
 torch.set_num_threads(1)
 

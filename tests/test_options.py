@@ -15,16 +15,18 @@ from torch import nn
 import train_jempp
 from models import JEM, frozen
 from samplers import make_sampler, to_pixels
-from utils import checkpoint
+from utils import cli
 from utils.data import SPECS, TrainData, digits
-from utils.inference import accuracy
-from utils.records import read_jsonl
+from utils.evaluation.inference import accuracy
+from utils.files import checkpoint
+from utils.files.records import read_jsonl
+from utils.training.build import Setup, build
 
 
 def built(*flags):
     """(args, state, data, p0) of a fresh tiny run."""
-    args = train_jempp.parse_args([*TINY, *flags])
-    return args, *train_jempp.build(args, torch.device("cpu"))[:3]
+    args = cli.train_args([*TINY, *flags])
+    return args, *build(args, torch.device("cpu"))[:3]
 
 
 class Recorder:
@@ -196,7 +198,7 @@ def test_parts_of_a_step_have_random_numbers_and_chains_of_their_own():
     slots, draw = torch.arange(40.0), Recorder()
     state.buffer.images[:] = slots.view(-1, 1, 1, 1)
     for _ in range(2):
-        train_jempp.train_step(args, state, draw, data, p0)
+        train_jempp.train_step(args, Setup(state, data, p0), draw)
     assert len(set(draw.seeds)) == 4
     for i, x_0 in enumerate(draw.x_neg):
         assert (x_0[:, 0, 0, 0] % 2 == i % 2).all()  # every other slot is the second part's
@@ -214,7 +216,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts):
                                   "--accumulate", str(parts))
     in_float64(state, data)
     draw, before = Recorder(), copy.deepcopy(state.model)
-    metrics = train_jempp.train_step(args, state, draw, data, p0)
+    metrics = train_jempp.train_step(args, Setup(state, data, p0), draw)
     batches = [data.batch(0, part) for part in range(parts)]
     x_pos = torch.cat([x for x, _ in batches])
     x_lab, y = (torch.cat([labelled[i] for _, labelled in batches]) for i in (0, 1))
@@ -233,7 +235,7 @@ def test_a_sharpness_aware_step_is_two_passes_on_the_same_samples(norm):
     in_float64(state, data)
     state.step, draw = 2, Recorder()  # past the warm-up's zero rate
     hand = copy.deepcopy(state.model)
-    train_jempp.train_step(args, state, draw, data, p0)
+    train_jempp.train_step(args, Setup(state, data, p0), draw)
     (x_neg,), (x_pos, (x_lab, y)) = draw.x_neg, data.batch(2)
     first = hand_gradients(hand, x_pos, x_neg, x_lab, y)  # its passes count for the statistics
     moved, length = copy.deepcopy(hand), flattened(first).norm()
@@ -254,7 +256,7 @@ def test_a_sharpness_aware_step_of_no_radius_is_a_plain_one():
     for flags in ([], ["--sam", "1e-30"], ["--sam", "0.5"]):
         args, state, data, p0 = built(*flags)
         state.step = 2
-        train_jempp.train_step(args, state, make_sampler(args), data, p0)
+        train_jempp.train_step(args, Setup(state, data, p0), make_sampler(args))
         states.append(state.model.state_dict())
     assert same_tensors(states[0], states[1]) and not same_tensors(states[0], states[2])
 
@@ -276,7 +278,7 @@ def test_no_pass_starts_while_the_graph_of_another_lives(flags):
     state.model.register_forward_pre_hook(lambda *_: passes.append(len(live)))
     state.model.register_forward_hook(lambda *_: chains.append(-len(live)))
     with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
-        train_jempp.train_step(args, state, draw, data, p0)
+        train_jempp.train_step(args, Setup(state, data, p0), draw)
     n = 2 * 4 * (2 if flags else 1)  # parts, terms, passes of --sam
     assert passes == [0] * n
     assert chains.count(0) == 4 and min(chains) < -10  # two chains a part; passes do keep tensors
@@ -307,7 +309,7 @@ def linear_network():
                                           (["--in_steps", "0", "--sgld_lr", "0.2"], 1)))
 @pytest.mark.parametrize("decay", (1.0, 0.5))
 def test_steps_decay_geometrically(flags, inner, decay):
-    args = train_jempp.parse_args([*TINY, "--n_steps", "3", "--no-pixel_clamp", "--step_decay",
+    args = cli.train_args([*TINY, "--n_steps", "3", "--no-pixel_clamp", "--step_decay",
                                    str(decay), *flags])
     model, v = linear_network()
     x_0 = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -347,8 +349,8 @@ def test_best_pt_holds_the_averaged_weights_and_last_pt_the_raw_ones(tmp_path, c
     for name in floating:
         assert torch.allclose(best[name].double(), average[name], rtol=1e-4, atol=1e-6), name
     assert not any(torch.equal(best[k], raw[k]) for k in floating)
-    args = train_jempp.parse_args([str(w) for w in tiny(tmp_path)])
-    valid = train_jempp.build(args, torch.device("cpu"))[3]
+    args = cli.train_args([str(w) for w in tiny(tmp_path)])
+    valid = build(args, torch.device("cpu"))[3]
     opened = checkpoint.open_any(tmp_path / "best.pt")
     (record,) = [r for r in read_jsonl(tmp_path / "train.jsonl") if r["kind"] == "eval"]
     assert record["valid_accuracy"] == accuracy(opened.model, valid)
@@ -388,7 +390,7 @@ def test_bf16_is_close_and_everything_kept_is_float32():
     error = (logits - expected).abs().max() / expected.abs().max()
     assert 1e-5 < error < 0.05
     assert logits.dtype == model.energy(x).dtype == torch.float32
-    train_jempp.train_step(args, state, make_sampler(args), data, p0)
+    train_jempp.train_step(args, Setup(state, data, p0), make_sampler(args))
     tensors = [*model.state_dict().values(), *(p.grad for p in model.parameters()),
                state.buffer.images]
     assert {t.dtype for t in tensors} == {torch.float32, torch.int64}  # int64: batches counted
@@ -410,7 +412,7 @@ def test_a_run_in_bf16_is_close_to_one_in_float32(tmp_path, call):
 # -- flags ----------------------------------------------------------------------------------------
 def test_batch_sizes_follow_from_one_another():
     def sizes(*words):
-        args = train_jempp.parse_args([str(word) for word in words])
+        args = cli.train_args([str(word) for word in words])
         return args.batch_size, args.global_batch_size, args.labelled_batch
 
     assert sizes() == (64, 64, 64)
@@ -455,7 +457,7 @@ def test_gradients_stay_in_memory_of_our_own():
     args, state, data, p0 = built("--sam", "0.05")
     where = [p.grad.data_ptr() for p in state.model.parameters()]
     for _ in range(2):
-        train_jempp.train_step(args, state, make_sampler(args), data, p0)
+        train_jempp.train_step(args, Setup(state, data, p0), make_sampler(args))
     assert where == [p.grad.data_ptr() for p in state.model.parameters()]
 
 
@@ -482,6 +484,6 @@ def test_chains_run_on_frozen_parameters_also_where_they_fail():
         raise RuntimeError("no chain")
 
     with pytest.raises(RuntimeError, match="no chain"):
-        train_jempp.train_step(args, state, draw, data, p0)
+        train_jempp.train_step(args, Setup(state, data, p0), draw)
     assert len(frozen_then) == 1 and not any(frozen_then[0])
     assert all(p.requires_grad for p in state.model.parameters())

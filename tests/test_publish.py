@@ -11,10 +11,11 @@ from conftest import ROOT, TINY
 import eval_jempp
 import train_jempp
 from scripts import publish
-from utils import checkpoint
+from utils import cli
 from utils.data import load
-from utils.inference import accuracy
-from utils.records import read_jsonl
+from utils.evaluation.inference import accuracy
+from utils.files import checkpoint
+from utils.files.records import read_jsonl
 
 PUBLISHED = sorted((ROOT / "results" / "models").glob("*/model.pt"))
 
@@ -48,7 +49,7 @@ def test_a_run_is_published_and_evaluates_as_before(tmp_path, call):
     digest = hashlib.sha256((out / "model.pt").read_bytes()).hexdigest()
     assert digest in card and f"{100 * dict(values[0])['accuracy']:.2f} %" in card
     command = re.search(r"python train_jempp.py (.*)", card)[1].split()
-    args, now = (vars(train_jempp.parse_args(words)) for words in (command, TINY + [
+    args, now = (vars(cli.train_args(words)) for words in (command, TINY + [
         "--n_epochs", "1", "--amp", "bf16", "--decay_epochs", "5", "7"]))
     different = {k for k in args if args[k] != now[k]}
     assert different <= {"num_threads", "device", "run_dir"}

@@ -8,10 +8,10 @@ from torch import nn
 
 from models import JEM
 from samplers import to_pixels
-from utils import robustness
-from utils.cli import InputError
-from utils.inference import predict
-from utils.robustness import autoattack_accuracy, margin_pgd_accuracy, pgd_accuracy
+from utils.evaluation import robustness
+from utils.evaluation.inference import predict
+from utils.evaluation.robustness import autoattack_accuracy, margin_pgd_accuracy, pgd_accuracy
+from utils.program import InputError
 
 NORMS = ("linf", "l2")
 SIZE, N = 6, 60

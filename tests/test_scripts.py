@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 import eval_jempp
-import train_jempp
+from utils import cli
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh")) + [ROOT / ".ci" / "run"]
 README = (ROOT / "README.md").read_text()
@@ -33,7 +33,7 @@ def shell(*words):
 def test_train_cifar10_is_the_papers_run_and_passes_words_on():
     done = shell("bash", "scripts/train_cifar10.sh", "--n_steps", "20", "--dry_run")
     assert done.returncode == 0, done.stderr
-    defaults = vars(train_jempp.parse_args([]))
+    defaults = vars(cli.train_args([]))
     changed = {k: v for k, v in json.loads(done.stdout).items() if v != defaults[k]}
     assert changed == {"n_steps": 20, "run_dir": "runs/cifar10_m10", "dry_run": True}
 
@@ -53,7 +53,7 @@ def commands(program):
 
 @pytest.mark.parametrize("words", commands("train_jempp.py"), ids=" ".join)
 def test_readmes_training_commands_parse(words):
-    train_jempp.parse_args(words)
+    cli.train_args(words)
 
 
 @pytest.mark.parametrize("words", commands("eval_jempp.py"), ids=" ".join)
@@ -67,7 +67,7 @@ def test_readmes_flags_for_the_papers_models_parse():
     flags = [words for row in rows for words in re.findall(r"`(--[^`]+)`", row)]
     assert len(flags) >= 8
     for words in flags:
-        train_jempp.parse_args(words.split())
+        cli.train_args(words.split())
 
 
 def test_readme_has_two_set_up_commands():

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from scripts import make_tables
-from utils.table_records import NUMBER
+from scripts.tables.sources import NUMBER
 
 PAPER = [json.loads(line) for line in (ROOT / "results" / "paper.jsonl").read_text().splitlines()]
 NUMBERS = [n for n in PAPER if n["table"] != "protocol"]

@@ -9,7 +9,10 @@ import torch
 from conftest import ROOT, TINY
 
 import train_jempp
-from utils.records import read_jsonl
+from utils import cli
+from utils.files.records import read_jsonl
+from utils.training.build import build
+from utils.training.schedule import learning_rate
 
 
 def tiny(run_dir, *more):
@@ -235,16 +238,16 @@ def test_defaults_are_the_papers_main_run(call):
 
 
 def test_warm_up_and_decay():
-    args = train_jempp.parse_args([])
-    rate = [train_jempp.learning_rate(step, 703, args)
+    args = cli.train_args([])
+    rate = [learning_rate(step, 703, args)
             for step in (0, 500, 1000, 50 * 703 - 1, 50 * 703, 100 * 703, 149 * 703)]
     assert rate == pytest.approx([0, 0.05, 0.1, 0.1, 0.02, 0.004, 0.0008])
-    args = train_jempp.parse_args(["--schedule", "linear", "--n_epochs", "10"])
-    rate = [train_jempp.learning_rate(step, 703, args) for step in (500, 1000, 4015, 7030, 9999)]
+    args = cli.train_args(["--schedule", "linear", "--n_epochs", "10"])
+    rate = [learning_rate(step, 703, args) for step in (500, 1000, 4015, 7030, 9999)]
     assert rate == pytest.approx([0.05, 0.1, 0.05, 0, 0])
-    args = train_jempp.parse_args(["--schedule", "cosine", "--n_epochs", "10", "--batch_size",
+    args = cli.train_args(["--schedule", "cosine", "--n_epochs", "10", "--batch_size",
                                    "256", "--lr_scaling", "linear"])
-    rate = [train_jempp.learning_rate(step, 703, args) for step in (1000, 4015, 7030)]
+    rate = [learning_rate(step, 703, args) for step in (1000, 4015, 7030)]
     assert rate == pytest.approx([0.4, 0.2, 0])
 
 
@@ -256,14 +259,14 @@ def test_p_x_weight_0_is_a_plain_classifier(tmp_path, call):
 
 
 def loss_of(monkeypatch, *flags):
-    """The terms of joint_loss on one batch with x_neg given: (model, batch, x_neg, metrics)."""
-    args = train_jempp.parse_args([*TINY, "--norm", "none", *flags])
-    state, data, p0, _, _ = train_jempp.build(args, torch.device("cpu"))
+    """The terms of loss_terms on one batch with x_neg given: (model, batch, x_neg, metrics)."""
+    args = cli.train_args([*TINY, "--norm", "none", *flags])
+    state, data, p0, _, _ = build(args, torch.device("cpu"))
     x_neg = torch.rand(16, 3, 16, 16) * 2 - 1
     monkeypatch.setattr(train_jempp, "sample_negatives", lambda *rest: x_neg)
     batch = data.batch(0)
     streams = train_jempp.seed_step(1, 0, 0, "cpu")
-    terms = train_jempp.joint_loss(state, None, batch, None, p0, args, streams)
+    terms = train_jempp.loss_terms(state, None, batch, None, p0, args, streams)
     metrics = train_jempp.backward([terms], state.net)
     return state.model, batch, x_neg, {k: v.item() for k, v in metrics.items()}
 
@@ -288,8 +291,8 @@ def test_weights_of_the_three_log_likelihoods(monkeypatch):
 
 def sampled(flags, draw=None, y=None):
     """One sample_negatives call on a fresh tiny state: (state, state dict before, x_neg)."""
-    args = train_jempp.parse_args([*TINY, *flags])
-    state, _, p0, _, _ = train_jempp.build(args, torch.device("cpu"))
+    args = cli.train_args([*TINY, *flags])
+    state, _, p0, _, _ = build(args, torch.device("cpu"))
     before = {k: v.clone() for k, v in state.model.state_dict().items()}
     streams = train_jempp.seed_step(1, 0, 0, "cpu")
     x_neg = train_jempp.sample_negatives(state.model, draw or train_jempp.make_sampler(args),
@@ -332,8 +335,8 @@ def test_best_pt_is_chosen_by_validation_not_the_latest(tmp_path, call, monkeypa
     ("sgd", {"lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 4e-4}),
     ("adam", {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 4e-4})])
 def test_optimisers_are_the_released_ones(name, expected):
-    args = train_jempp.parse_args([*TINY, "--optimizer", name])
-    optimizer = train_jempp.build(args, torch.device("cpu"))[0].optimizer
+    args = cli.train_args([*TINY, "--optimizer", name])
+    optimizer = build(args, torch.device("cpu"))[0].optimizer
     assert {k: optimizer.defaults[k] for k in expected} == expected
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from samplers import to_pixels
 from utils import distributed
-from utils.cli import InputError, Unavailable
+from utils.program import InputError, Unavailable
 from utils.seeding import generator
 
 SPLIT_SEED = 1234  # the released code's seed for its validation images
@@ -182,41 +182,41 @@ class TrainData:
         self.steps_per_epoch = self.epoch_steps("labelled")
         self.orders = {}
 
-    def epoch_steps(self, stream):
-        return len(self.images.y) // self.sizes[stream]
+    def epoch_steps(self, kind):
+        return len(self.images.y) // self.sizes[kind]
 
     def reseed(self, seed):
         """Other epoch orders, crops and noise from here on (after a rollback)."""
         self.seed, self.orders = seed, {}
 
-    def indices(self, stream, step, part=0):
-        """The images (on the host) of one part of ``step`` in the epoch order of ``stream``."""
-        epoch, position = divmod(step, self.epoch_steps(stream))
-        if self.orders.get(stream, (None, None))[0] != epoch:
-            self.orders[stream] = epoch, torch.randperm(
-                len(self.images.y), generator=generator("cpu", self.seed, "order", stream, epoch))
-        size = self.sizes[stream] // self.parts
-        start = position * self.sizes[stream] + part * size
-        return self.orders[stream][1][start:start + size]
+    def indices(self, kind, step, part=0):
+        """The images (on the host) of one part of ``step`` in the epoch order of ``kind``."""
+        epoch, position = divmod(step, self.epoch_steps(kind))
+        if self.orders.get(kind, (None, None))[0] != epoch:
+            self.orders[kind] = epoch, torch.randperm(
+                len(self.images.y), generator=generator("cpu", self.seed, "order", kind, epoch))
+        size = self.sizes[kind] // self.parts
+        start = position * self.sizes[kind] + part * size
+        return self.orders[kind][1][start:start + size]
 
-    def mirrored(self, stream, step, indices, random):
+    def mirrored(self, kind, step, indices, random):
         """Which images [B] (of ``indices`` on the host) to flip; None where flips make no sense."""
         if not self.spec.flip:
             return None
         if not self.alternating_flip:
             return torch.rand(len(indices), generator=random, device=self.device) < 0.5
         first = torch.rand(len(self.labels), generator=generator("cpu", self.seed, "flip")) < 0.5
-        odd = bool(step // self.epoch_steps(stream) % 2)
+        odd = bool(step // self.epoch_steps(kind) % 2)
         return (first[indices] ^ odd).to(self.device, non_blocking=True)
 
-    def draw(self, stream, step, part=0):
-        """(x, y) of one stream: cropped, flipped, scaled to [-1, 1], plus noise not clamped."""
-        indices = self.indices(stream, step, part)
+    def draw(self, kind, step, part=0):
+        """(x, y) of one kind: cropped, flipped, scaled to [-1, 1], plus noise not clamped."""
+        indices = self.indices(kind, step, part)
         y, on_device = self.labels[indices], indices.to(self.device, non_blocking=True)
-        if stream == "unlabelled" and self.clean_p_x:
+        if kind == "unlabelled" and self.clean_p_x:
             return to_pixels(self.images.x[on_device]), y
-        noise = generator(self.device, self.seed, "augment", stream, step, part)
-        mirrored = self.mirrored(stream, step, indices, noise)
+        noise = generator(self.device, self.seed, "augment", kind, step, part)
+        mirrored = self.mirrored(kind, step, indices, noise)
         x = crop_and_flip(self.images.x, on_device, self.spec.pad, mirrored, noise)
         x = to_pixels(x)
         if self.sigma:

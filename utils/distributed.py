@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from utils.cli import launched
+from utils.program import launched
 
 
 def start(device, timeout_minutes):

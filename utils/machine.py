@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from utils.cli import InputError
+from utils.program import InputError
 
 # What --fast turns on, by kind of device.
 FAST = {"cpu": {"compile": "default"},

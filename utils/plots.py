@@ -10,7 +10,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torchvision.utils import make_grid  # noqa: E402
 
-from utils.records import replacing  # noqa: E402
+from utils.files.records import replacing  # noqa: E402
 
 
 def to_uint8(x):

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from models import frozen
-from samplers import ClassGaussians, UniformInit, make_sampler
+from samplers import make_init, make_sampler
 from utils import distributed, plots
-from utils.checkpoint import Opened
-from utils.cli import InputError, Unavailable
 from utils.data import SPECS, Images, load_splits
-from utils.inference import predict
-from utils.records import replacing
+from utils.evaluation.inference import predict
+from utils.files.checkpoint import Opened
+from utils.files.records import replacing
+from utils.program import InputError, Unavailable
 from utils.seeding import generator, seed_step
 
 
@@ -85,12 +85,9 @@ class Subject:
     @functools.cached_property
     def p0(self):
         """Where fresh chains start, from the training images as in training."""
-        if self.args.init == "uniform":
-            size = self.args.image_size
-            return UniformInit((3, size, size), self.device)
         train = self.splits["train"]
         try:
-            return ClassGaussians.fit(train.x, train.y, self.model.config["n_classes"])
+            return make_init(self.args.init, train.x, train.y, self.model.config["n_classes"])
         except ValueError as error:
             raise InputError(f"{error}: raise --n_train") from error
 

@@ -5,7 +5,9 @@ import zipfile
 
 import torch
 
-from utils.cli import InputError
+from utils.program import InputError
+
+MOST_LEAVES = 1_000_000  # objects in a file: the optimiser of WRN-40-10 comes to some thousands
 
 
 def read(path):
@@ -17,8 +19,9 @@ def read(path):
     check_zip(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        for name, tensor in tensors(content):  # a view of few bytes can pretend to be of any size
-            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        for name, leaf in leaves(content):  # a view of few bytes can pretend to be of any size
+            if (isinstance(leaf, torch.Tensor)
+                    and leaf.numel() * leaf.element_size() > leaf.untyped_storage().nbytes()):
                 raise InputError(f"{path} is refused: {name} is larger than what is stored of it")
         return content
     except FileNotFoundError:
@@ -37,16 +40,24 @@ def read(path):
                          f"another kind [{one_line(error)}]") from error
 
 
-def tensors(value, name=""):
-    """(name, tensor) of every tensor in nested dictionaries and lists, names in sorted order."""
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, dict):
-        for key in sorted(value, key=str):
-            yield from tensors(value[key], f"{name}/{key}")
-    elif isinstance(value, (list, tuple)):
-        for key, part in enumerate(value):
-            yield from tensors(part, f"{name}/{key}")
+def leaves(value):
+    """(name, leaf) of all that nested dictionaries, lists and tuples hold, names in sorted order.
+
+    ValueError beyond MOST_LEAVES objects: a few bytes of pickle can stand for more lists in lists
+    than any machine can walk through.
+    """
+    todo, seen = [("", value)], 0
+    while todo:
+        name, value = todo.pop()
+        seen += 1
+        if seen > MOST_LEAVES:
+            raise ValueError(f"more than {MOST_LEAVES:,} objects")
+        if isinstance(value, dict):
+            todo += [(f"{name}/{key}", value[key]) for key in sorted(value, key=str, reverse=True)]
+        elif isinstance(value, (list, tuple)):
+            todo += [(f"{name}/{k}", part) for k, part in reversed(list(enumerate(value)))]
+        else:
+            yield name, value
 
 
 def check_zip(path):

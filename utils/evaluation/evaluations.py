@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from samplers import to_pixels
-from utils import calibration, distributed, generation, ood, plots, robustness
-from utils.checkpoint import open_any
-from utils.cli import InputError, Unavailable
+from utils import distributed, plots
 from utils.data import load
-from utils.inference import predict
+from utils.evaluation import calibration, generation, ood, robustness
+from utils.evaluation.inference import predict
+from utils.files.checkpoint import open_any
+from utils.program import InputError, Unavailable
 from utils.seeding import seed_step
 
 

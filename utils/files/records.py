@@ -1,6 +1,7 @@
 """JSON lines and files that are whole or not there: written beside their place and renamed."""
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -8,7 +9,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.cli import InputError, jsonable
+from utils.program import InputError
 
 # The training arguments that a record of a measured number repeats.
 TRAINING = ("dataset", "depth", "width", "norm", "batch_size", "n_epochs", "n_train", "n_steps",
@@ -99,6 +100,17 @@ def append_jsonl(path, record):
                     raise InputError(f"{path} is not a JSON-lines file") from error
                 file.truncate(last)
         file.write(data.encode())
+
+
+def jsonable(value):
+    """``value`` in JSON's own types; non-finite floats become "inf", "-inf" or "nan"."""
+    if isinstance(value, dict):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
 
 
 def git_state():

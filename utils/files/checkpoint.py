@@ -7,7 +7,6 @@ buffer in full precision, what p_0 was estimated from, step and random seed. Fil
 
 import errno
 import hashlib
-import json
 import platform
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,34 +24,29 @@ from torch.optim.swa_utils import AveragedModel
 from models import JEM, official
 from samplers import ReplayBuffer, to_pixels
 from utils import distributed
-from utils.cli import InputError, jsonable
-from utils.records import replacing
-from utils.torch_files import one_line, read, tensors
+from utils.files.records import replacing
+from utils.files.torch_files import leaves, one_line, read
+from utils.program import InputError
 
-FORMAT = "jempp-1"
+FORMAT, OLD_FORMAT = "jempp-2", "jempp-1"
 KEYS = {"model", "config", "buffer", "p0", "step", "epoch", "best", "args", "rng", "versions",
         "lr_factor", "guard", "log_lines", "sha256"}
-# Flags that only say how far, how often or on what to run; a resumed run may change them.
-FREE = {"max_steps", "max_minutes", "ckpt_steps", "print_every", "n_epochs", "keep_every",
-        "on_divergence", "max_rollbacks", "num_threads", "run_dir", "data_root", "download",
-        "device", "dry_run", "compile", "fast", "cudnn_benchmark", "batch_size", "accumulate",
-        "dist_timeout"}
 
 
 @dataclass
 class State:
-    """What training changes: all of it goes into a checkpoint. ``step`` counts finished steps;
-    ``best`` is the validation accuracy that best.pt was saved for."""
+    """What training changes: all of it goes into a checkpoint."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     buffer: ReplayBuffer | None
-    p0: dict
-    step: int = 0
-    best: float = -1.0
-    stream: int = 0  # which random stream: one more after each rollback
+    p0_origin: dict  # what p_0 was estimated from
+    args: dict  # the arguments of the run, as plain values
+    step: int = 0  # finished steps
+    best: float = -1.0  # the validation accuracy that best.pt was saved for
+    rollbacks: int = 0  # each gives the run other random numbers
     lr_factor: float = 1.0  # what rollbacks have made of the learning rate
-    guard: dict = field(default_factory=dict)
+    guard: dict = field(default_factory=dict)  # what the guard remembers
     log_lines: int = 0  # of train.jsonl when this was saved
     saved_at: int = 0  # step of last.pt
     candidate_at: int = 0  # step of candidate.pt
@@ -62,8 +56,9 @@ class State:
         self.net = distributed.wrap(self.model)  # what training passes go through
 
     @property
-    def rollbacks(self):
-        return self.stream
+    def seed(self):
+        """What random streams are seeded by: the run's seed, and its rollbacks if there were."""
+        return stream_seed(self.args["seed"], self.rollbacks)
 
     def whole_buffer(self):
         """The replay buffer of all ranks [|B|, 3, H, W] (a call that every rank makes), or None."""
@@ -71,13 +66,43 @@ class State:
             return None
         return distributed.interleave(self.buffer.images)
 
+    def is_finite(self):
+        """Whether weights, running statistics and buffers of all ranks are free of NaN and
+        infinity."""
+        buffer = [] if self.buffer is None else [self.buffer.images]
+        return all(distributed.gather(all_finite([*self.model.state_dict().values(), *buffer])))
 
-def stream_key(seed, stream):
-    """What random streams are seeded by: the seed, and after rollbacks their number as well."""
-    return seed if stream == 0 else f"{seed}.{stream}"
+    def load(self, content, path):
+        """Become the state that ``content`` of the resumable file ``path`` was saved from."""
+        if content["p0"] != self.p0_origin:
+            raise InputError(f"{path} was trained on other images than --data_root holds now")
+        if "optimizer" not in content:
+            raise InputError(f"{path} cannot be resumed: it holds no optimiser state (use last.pt)")
+        try:
+            self.model.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            if self.average is not None:
+                self.average.load_state_dict(content["average"])
+            if self.buffer is not None:
+                self.buffer.images.copy_(own_share(content["buffer"]))
+            self.step, self.best = content["step"], content["best"]
+            self.rollbacks, self.lr_factor = content["rng"]["stream"], content["lr_factor"]
+            self.guard, self.log_lines = dict(content["guard"]), content["log_lines"]
+            self.saved_at = self.step
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{path} does not fit this run [{one_line(error)}]") from error
+
+    def become(self, other):
+        """Take over all that ``other``, a state of the same run, holds."""
+        vars(self).update(vars(other))
 
 
-def save(path, state, args, epoch, *, judged=None, keep_as=None):
+def stream_seed(seed, rollbacks):
+    """The seed of a run's random streams after so many rollbacks."""
+    return seed if rollbacks == 0 else f"{seed}.{rollbacks}"
+
+
+def save(path, state, epoch, *, judged=None, keep_as=None):
     """Write ``state``, or the network ``judged`` in place of what resuming needs (best.pt).
 
     Every rank makes this call; the first one writes. ``keep_as``: the name that the file which
@@ -86,17 +111,17 @@ def save(path, state, args, epoch, *, judged=None, keep_as=None):
     distributed.same_buffers(state.model)
     buffer = state.whole_buffer()
     if distributed.rank() == 0:
-        write(path, state, buffer, args, epoch, judged, keep_as)
+        write(path, state, buffer, epoch, judged, keep_as)
     distributed.barrier()
 
 
-def write(path, state, buffer, args, epoch, judged, keep_as):
+def write(path, state, buffer, epoch, judged, keep_as):
     content = {
         "format": FORMAT, "model": (judged or state.model).state_dict(),
-        "config": dict(state.model.config), "buffer": buffer, "p0": state.p0,
-        "step": state.step, "epoch": epoch, "best": state.best, "args": jsonable(vars(args)),
+        "config": dict(state.model.config), "buffer": buffer, "p0": state.p0_origin,
+        "step": state.step, "epoch": epoch, "best": state.best, "args": state.args,
         # every random number is a function of these three
-        "rng": {"seed": args.seed, "stream": state.stream, "step": state.step},
+        "rng": {"seed": state.args["seed"], "stream": state.rollbacks, "step": state.step},
         "lr_factor": state.lr_factor, "guard": state.guard, "log_lines": state.log_lines,
         "versions": {"torch": str(torch.__version__), "python": platform.python_version()}}
     if judged is None:
@@ -112,17 +137,21 @@ def write(path, state, buffer, args, epoch, judged, keep_as):
 
 
 def digest(content):
-    """SHA-256 over names, types, shapes and values of all tensors."""
-    sha = hashlib.sha256()
-    for name, tensor in tensors({k: v for k, v in content.items() if k != "sha256"}):
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    """SHA-256 over all that ``content`` holds: names, types and values, tensors by their bytes.
+    Files of the older format have one over their tensors alone."""
+    sha, whole = hashlib.sha256(), content.get("format") != OLD_FORMAT
+    for name, value in leaves({k: v for k, v in content.items() if k != "sha256"}):
+        if isinstance(value, torch.Tensor):
+            sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif whole:
+            sha.update(f"{name} {type(value).__name__} {value!r}\n".encode())
     return sha.hexdigest()
 
 
 def check(content, path):
     """``content`` if it is what ``save`` wrote; InputError, in one line, if not."""
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") not in (FORMAT, OLD_FORMAT):
         raise InputError(f"{path} is not a checkpoint of this code")
     if missing := KEYS - content.keys():
         raise InputError(f"{path} lacks {', '.join(sorted(missing))}")
@@ -136,8 +165,13 @@ def check(content, path):
         raise InputError(f"{path} holds tensors of a kind that is never saved "
                          f"[{one_line(error)}]") from error
     if not same:
-        raise InputError(f"{path} is damaged: its tensors are not those that were saved")
+        raise InputError(f"{path} is damaged: its content is not what was saved")
     return content
+
+
+def load(path):
+    """The checked content of a checkpoint of ours."""
+    return check(read(path), path)
 
 
 @contextmanager
@@ -159,7 +193,7 @@ def locked(run_dir):
 
 def step_of(path):
     """After which step a checkpoint of ours was saved."""
-    return check(read(path), path)["step"]
+    return load(path)["step"]
 
 
 class Opened(NamedTuple):
@@ -182,8 +216,8 @@ def open_any(path):
     if official.is_official(content):
         try:
             model, buffer = official.convert(content)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+        except ValueError as error:
+            raise InputError(f"{path} is no released checkpoint: {one_line(error, 200)}") from error
         args = step = epoch = None
     else:
         content = check(content, path)
@@ -218,63 +252,6 @@ def all_finite(tensors):
     return bool(torch.stack(finite).all())
 
 
-def is_finite(state):
-    """Whether weights, running statistics and buffers of all ranks are free of NaN and infinity."""
-    buffer = [] if state.buffer is None else [state.buffer.images]
-    return all(distributed.gather(all_finite([*state.model.state_dict().values(), *buffer])))
-
-
-def restore(state, path, args):
-    """Put the content of a resumable file into ``state``, built from the same arguments."""
-    content = check(read(path), path)
-    check_same_run(path, content["args"], args)
-    if content["p0"] != state.p0:
-        raise InputError(f"{path} was trained on other images than --data_root holds now")
-    if "optimizer" not in content:
-        raise InputError(f"{path} cannot be resumed: it holds no optimiser state (use last.pt)")
-    try:
-        state.model.load_state_dict(content["model"])
-        state.optimizer.load_state_dict(content["optimizer"])
-        if state.average is not None:
-            state.average.load_state_dict(content["average"])
-        if state.buffer is not None:
-            state.buffer.images.copy_(own_share(content["buffer"]))
-        state.step, state.best = content["step"], content["best"]
-        state.stream, state.lr_factor = content["rng"]["stream"], content["lr_factor"]
-        state.guard, state.log_lines = dict(content["guard"]), content["log_lines"]
-        state.saved_at = state.step
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path} does not fit this run [{one_line(error)}]") from error
-
-
 def own_share(rows):
     """The slots of the replay buffer that this rank owns."""
     return rows[distributed.rank()::distributed.world()]
-
-
-def check_same_run(path, saved, args):
-    """Refuse to continue a run under other arguments, showing the difference."""
-    now, absent = jsonable(vars(args)), "(not there)"
-    free = FREE - ({"n_epochs"} if args.schedule != "steps" else set())  # the rate depends on it
-    names = sorted((saved.keys() | now.keys()) - free)
-    changed = [f"--{name} {saved.get(name, absent)} there, {now.get(name, absent)} here"
-               for name in names if saved.get(name, absent) != now.get(name, absent)]
-    if changed:
-        raise InputError(f"{path} is of a run with other arguments: {'; '.join(changed)}. "
-                         "Type the same ones, or choose another --run_dir")
-
-
-def check_run_dir(run_dir, args):
-    """Refuse a run folder that holds a run with other arguments, or is no folder."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise InputError(f"--run_dir {run_dir} is a file")
-    path = run_dir / "args.json"
-    try:
-        saved = json.loads(path.read_text())
-    except FileNotFoundError:
-        return
-    except ValueError:
-        saved = None
-    if not isinstance(saved, dict):
-        raise InputError(f"{path} is not what a run writes: mend it, or choose another --run_dir")
-    check_same_run(path, saved, args)

@@ -10,8 +10,8 @@ scripts/benchmark_table4.py (``iteration_ms``) write it.
 import json
 import math
 
-from utils.cli import InputError
-from utils.records import TRAINING
+from utils.files.records import TRAINING
+from utils.program import InputError
 
 NUMBER = ("table", "row", "column", "dataset", "value", "unit", "printed")
 FULL_SCALE = ("column", "value", "compare")

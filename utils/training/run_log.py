@@ -5,7 +5,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from utils import distributed, plots, records
+from utils import distributed, plots
+from utils.files import records
 
 
 class RunLog:
@@ -45,11 +46,11 @@ class RunLog:
         """Count images_per_s from here: evaluating and saving are left out of it."""
         self.since = time.monotonic(), step
 
-    def steps(self, state, args, means):
+    def steps(self, state, means):
         """The mean of each logged scalar over the steps since the last record."""
         seconds, n_steps = time.monotonic() - self.since[0], state.step - self.since[1]
         rate = {"lr": state.optimizer.param_groups[0]["lr"],
-                "images_per_s": n_steps * args.labelled_batch / max(seconds, 1e-9)}
+                "images_per_s": n_steps * state.args["labelled_batch"] / max(seconds, 1e-9)}
         gap = {"gap": means["e_pos"] - means["e_neg"]} if "e_pos" in means else {}
         self.write("step", state.step, **means, **gap, **rate)
         self.start_clock(state.step)

@@ -23,12 +23,13 @@ from pytorch_fid.fid_score import calculate_frechet_distance
 from scipy.special import rel_entr
 from torch import nn
 
-from utils import distributed, torch_files
-from utils.cli import InputError, Unavailable
+from utils import distributed
 from utils.data import DOWNLOAD_TIMEOUT
-from utils.inference import predict
-from utils.records import replacing
-from utils.torch_files import one_line
+from utils.evaluation.inference import predict
+from utils.files import torch_files
+from utils.files.records import replacing
+from utils.files.torch_files import one_line
+from utils.program import InputError, Unavailable
 
 WEIGHTS_URL = pytorch_fid.inception.FID_WEIGHTS_URL
 # Of the published weights: with any other file the numbers are not FID, KID and IS.

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from models import frozen
 from samplers import to_pixels
 from utils import distributed
-from utils.cli import InputError, Unavailable
-from utils.inference import predict
+from utils.evaluation.inference import predict
 from utils.machine import eager
+from utils.program import InputError, Unavailable
 from utils.seeding import generator
 
 AUTOATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")  # its standard version, in its order

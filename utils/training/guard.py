@@ -3,6 +3,7 @@
 Divergence is judged every few steps, by scalars that the steps left on the device.
 """
 
+import argparse
 import math
 import signal
 import time
@@ -10,8 +11,12 @@ from pathlib import Path
 
 import torch
 
-from utils import checkpoint, distributed
-from utils.cli import launched
+from utils import distributed
+from utils.cli import check_same_run
+from utils.files import checkpoint
+from utils.program import launched
+from utils.training.build import new_state
+from utils.training.schedule import check_past_rates
 
 SATURATED = 0.995  # of a chain's pixels at their bounds: chains of one flat colour, no image
 COLLAPSED = 0.5  # of the best training accuracy so far
@@ -29,12 +34,15 @@ class Guard:
         self.max_loss, self.max_gap, self.chance = args.max_loss, args.max_gap, 1 / n_classes
         self.images = args.labelled_batch / (1 - MEMORY)  # that the running mean is taken over
 
-    def look(self, state, rows):
+    def look(self, state, rows, before_saving=False):
         """The (step, cause) of the first fault in ``rows``, the scalars {name: number} of the steps
-        up to ``state.step``; or None. ``state.guard`` remembers mean and peak accuracy."""
+        up to ``state.step``; or None. ``state.guard`` remembers mean and peak accuracy.
+        ``before_saving``: the state itself is looked through as well."""
         for step, row in enumerate(rows, state.step - len(rows) + 1):
             if cause := self.fault(row, state.guard):
                 return step, cause
+        if before_saving and not state.is_finite():
+            return state.step, "weights or buffer are not finite"
         return None
 
     def fault(self, row, memory):
@@ -67,22 +75,22 @@ def fetch(window):
     return [dict(zip(names, row, strict=True)) for row in distributed.mean(values).tolist()]
 
 
-def save_last(run_dir, state, args, epoch, log):
+def save_last(run_dir, state, epoch, log, good_after):
     """Write RUN/last.pt, and see to it that there is something sound to go back to.
 
     What a run goes back to must not be poisoned already: an earlier last.pt waits as candidate.pt
-    and becomes good.pt once the run has survived it for --good_after steps. However often one
-    saves, good.pt is then about 2 --good_after steps old.
+    and becomes good.pt once the run has survived it for ``good_after`` steps. However often one
+    saves, good.pt is then about 2 ``good_after`` steps old.
     """
     last, candidate, good = (Path(run_dir) / f"{name}.pt" for name in ("last", "candidate", "good"))
     keep_as = None
     if distributed.rank() == 0:
-        if candidate.exists() and state.step - state.candidate_at >= args.good_after:
+        if candidate.exists() and state.step - state.candidate_at >= good_after:
             candidate.replace(good)
         if last.exists() and not candidate.exists():
             keep_as, state.candidate_at = candidate.name, state.saved_at
     state.log_lines, state.saved_at = log.lines, state.step
-    checkpoint.save(last, state, args, epoch, keep_as=keep_as)
+    checkpoint.save(last, state, epoch, keep_as=keep_as)
 
 
 def saved_states(run_dir):
@@ -92,41 +100,59 @@ def saved_states(run_dir):
     return [path for path in paths if path.exists()]
 
 
-def resume(run_dir, state, args):
-    """Put the newest saved state into ``state``, built from the same flags; False for none."""
+def candidate_step(run_dir):
+    """After which step RUN/candidate.pt was saved; 0 where there is none."""
+    path = Path(run_dir) / "candidate.pt"
+    return checkpoint.step_of(path) if path.exists() else 0
+
+
+def resume(run_dir, setup, args):
+    """Continue from the newest saved state, if there is one; whether there is.
+
+    InputError where the run has other arguments, or took its steps at other learning rates than
+    ``args`` would have given them.
+    """
     saved = saved_states(run_dir)
-    if saved:
-        checkpoint.restore(state, saved[0], args)
-        candidate = Path(run_dir) / "candidate.pt"
-        state.candidate_at = checkpoint.step_of(candidate) if candidate.exists() else 0
-    return bool(saved)
+    if not saved:
+        return False
+    content, state = checkpoint.load(saved[0]), setup.state
+    before = check_same_run(saved[0], content["args"], vars(args))
+    check_past_rates(argparse.Namespace(**before), args, content["step"],
+                     setup.data.steps_per_epoch)
+    state.load(content, saved[0])
+    state.candidate_at = candidate_step(run_dir)
+    setup.data.reseed(state.seed)
+    return True
 
 
-def roll_back(step, cause, run_dir, state, args, fresh, log):
-    """Put ``state`` back to what the run had survived for --good_after steps before the fault at
-    ``step``: the newest such file, else good.pt, which was survived once, else ``fresh()``. Other
-    random numbers follow, at a rate lowered by --rollback_lr_factor. The outcome is saved as
-    last.pt at once, so that a crash cannot undo the decision; what lies after it goes."""
-    stream, lr_factor = state.stream + 1, state.lr_factor * args.rollback_lr_factor
+def roll_back(run_dir, setup, args, step, cause, log):
+    """Put the state back to what the run had survived for --good_after steps before the fault at
+    ``step``: the newest such file, else good.pt, which was survived once, else a fresh start.
+
+    Other random numbers follow, at a rate lowered by --rollback_lr_factor. The outcome is saved as
+    last.pt at once, so that a crash cannot undo the decision; what lies after it goes.
+    """
+    state = setup.state
+    rollbacks, lr_factor = state.rollbacks + 1, state.lr_factor * args.rollback_lr_factor
     best = state.best  # best.pt stays the best of the whole run, what was rolled back included
     distributed.barrier()  # nobody writes while all look for it
     for path in saved_states(run_dir):
         if path.name == "good.pt" or step - checkpoint.step_of(path) > args.good_after:
-            checkpoint.restore(state, path, args)
+            state.load(checkpoint.load(path), path)
             break
     else:
-        vars(state).update(vars(fresh(stream)))
+        state.become(new_state(args, setup.data, setup.p0, state.p0_origin, rollbacks))
     distributed.barrier()
-    state.stream, state.lr_factor, state.best = stream, lr_factor, best
-    log.write("rollback", step, to_step=state.step, cause=cause, rollbacks=stream)
+    state.rollbacks, state.lr_factor, state.best = rollbacks, lr_factor, best
+    setup.data.reseed(state.seed)
+    log.write("rollback", step, to_step=state.step, cause=cause, rollbacks=rollbacks)
     state.log_lines, state.saved_at = log.lines, state.step
-    checkpoint.save(Path(run_dir) / "last.pt", state, args, None)
+    checkpoint.save(Path(run_dir) / "last.pt", state, None)
     if distributed.rank() == 0:
         for path in saved_states(run_dir)[1:]:
             if checkpoint.step_of(path) > state.step:
                 path.unlink()
-        candidate = Path(run_dir) / "candidate.pt"
-        state.candidate_at = checkpoint.step_of(candidate) if candidate.exists() else 0
+        state.candidate_at = candidate_step(run_dir)
     log.start_clock(state.step)
 
 

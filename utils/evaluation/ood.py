@@ -4,30 +4,24 @@ A *score* is higher for in-distribution images: log p(x) = -E(x) up to log Z, ma
 -||grad_x log p(x)||. In-distribution is the positive class of every metric.
 """
 
-import math
 import os
-import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision.transforms.functional as TF
-from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torchvision.datasets import CelebA
 
 from models import energy
 from samplers import to_pixels
-from utils import data, distributed
-from utils.cli import InputError, Unavailable
+from utils import data, distributed, image_folder
+from utils.program import InputError, Unavailable
 from utils.seeding import generator
 
 LOADED = ("svhn", "cifar10", "cifar100", "digits")
 GENERATED = ("interp", "uniform", "constant")
 NAMES = (*LOADED, "celeba", *GENERATED, "folder:PATH")
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # EPS would start Ghostscript
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 CELEBA_CROP = 140  # pixels of the aligned 178 x 218 images: the face without most background
 
 
@@ -112,16 +106,12 @@ def check_names(names):
             path = Path(name.removeprefix("folder:")).expanduser()
             if not path.is_dir():
                 raise InputError(f"{name} is no folder")
-            if not image_files(path):
-                raise InputError(f"{name} holds no image file ({', '.join(sorted(SUFFIXES))})")
+            if not image_folder.image_files(path):
+                raise InputError(f"{name} holds no image file "
+                                 f"({', '.join(sorted(image_folder.SUFFIXES))})")
         elif name not in NAMES:
             raise InputError(f"unknown out-of-distribution set {name!r}: choose from "
                              f"{', '.join(NAMES)}")
-
-
-def image_files(path):
-    """The image files below a folder, by suffix, sorted."""
-    return sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
 
 
 def out_images(name, size, *, in_x, root, seed, download=False, n=None):
@@ -148,7 +138,7 @@ def out_images(name, size, *, in_x, root, seed, download=False, n=None):
     elif name in GENERATED:
         x = generated(name, size, len(in_x) if n is None else n, in_x.cpu(), seed)
     elif name.startswith("folder:") and name != "folder:":
-        x = folder(Path(name.removeprefix("folder:")).expanduser(), size, n)
+        x = image_folder.read(Path(name.removeprefix("folder:")).expanduser(), size, n)
     else:
         raise InputError(f"unknown out-of-distribution set {name!r}: choose from "
                          f"{', '.join(NAMES)}")
@@ -184,7 +174,7 @@ def celeba(root, size, n):
     lists = [file for _, _, file in CelebA.file_list if file.endswith(".txt")]
     try:
         dataset = CelebA(str(root), split="test", target_type=[], download=False)
-        return torch.stack([square(dataset[i][0].convert("RGB"), size, CELEBA_CROP)
+        return torch.stack([image_folder.square(dataset[i][0].convert("RGB"), size, CELEBA_CROP)
                             for i in range(len(dataset))[:n]])
     except (RuntimeError, OSError, ValueError, IndexError) as error:
         absent = [file for file in ("img_align_celeba", *lists) if not (home / file).exists()]
@@ -192,43 +182,3 @@ def celeba(root, size, n):
         raise Unavailable(f"celeba is not (whole) under {home} and is never downloaded: put the "
                          f"unpacked folder img_align_celeba/ and {', '.join(lists)} there, in the "
                          f"folder celeba/ of --data_root [{state}]") from error
-
-
-def folder(path, size, n):
-    """The first ``n`` readable images below ``path``; the others are counted on stderr."""
-    if not path.is_dir():
-        raise InputError(f"folder:{path} is no folder")
-    images, skipped = [], []
-    for file in image_files(path):
-        if len(images) == n:
-            break
-        try:
-            images.append(square(read_rgb(file), size))
-        except Exception as error:  # on damaged bytes decoders raise nearly anything
-            skipped.append(f"{file}: {' '.join(str(error).split())[:120]}")
-    if skipped:
-        print(f"folder:{path}: skipped {len(skipped)} broken or oversized image files, the first "
-              f"is {skipped[0]}", file=sys.stderr)
-    if not images:
-        raise InputError(f"folder:{path} holds no readable image ({', '.join(sorted(SUFFIXES))})")
-    return torch.stack(images)
-
-
-def read_rgb(path):
-    """An image file of any mode as an RGB image (transparency dropped, first frame)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=FORMATS) as image:
-            if image.mode == "F":
-                raise ValueError("floating-point pixels of unknown range")
-            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-                grey = np.clip(np.asarray(image) / 257, 0, 255).round().astype(np.uint8)
-                return Image.fromarray(grey).convert("RGB")
-            return image.convert("RGB")
-
-
-def square(image, size, side=None):
-    """The centre ``side`` x ``side`` (at most, and without it, the shorter side) of an RGB image,
-    resized to uint8 [3, size, size]; Pillow's bilinear filter antialiases."""
-    image = TF.center_crop(image, min(side or math.inf, *image.size))
-    return TF.pil_to_tensor(TF.resize(image, [size, size]))

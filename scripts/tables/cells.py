@@ -3,7 +3,7 @@
 import statistics
 from typing import NamedTuple
 
-from utils.table_records import measures, of_row, seed_of, settings
+from scripts.tables.sources import measures, of_row, seed_of, settings
 
 NOTHING = "–"
 OURS_ALONE, PAPER_ALONE = ("fd_features", "iteration_ms"), ("minutes_per_epoch",)

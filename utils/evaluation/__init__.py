@@ -1,0 +1,1 @@
+"""What is measured of a checkpoint: one function a metric, one a protocol."""

@@ -1,0 +1,272 @@
+"""The flags: one spelling each, in groups that programs share.
+
+The defaults are the paper's main run: CIFAR-10, WRN-28-10, PYLD-10-5. Names are the released
+code's. The paper's symbols are the metavars. What flags mean together is in utils/cli.py.
+"""
+
+import argparse
+import math
+
+from models import NORMS
+
+
+def number(kind, low=-math.inf, high=math.inf, *, above=None, finite=True):
+    """An argparse type: a ``kind`` in [low, high] or strictly above ``above``; infinity only where
+    ``finite`` is False, NaN never."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+        if finite and math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if math.isnan(value) or not low <= value <= high or (above is not None and value <= above):
+            bounds = f"> {above}" if above is not None else f"in [{low}, {high}]"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        return value
+
+    return parse
+
+
+def depth(text):
+    value = number(int, 10)(text)
+    if (value - 4) % 6:
+        raise argparse.ArgumentTypeError(f"a Wide-ResNet's depth is 6n + 4 (10, 16, 22, 28, 34, "
+                                         f"40, ...), not {value}")
+    return value
+
+
+POSITIVE, NATURAL = number(int, 1), number(int, 0, 2**63 - 1)
+WEIGHT, RATE = number(float, 0, 1e9), number(float, 0, 1)
+FLAG = argparse.BooleanOptionalAction
+
+
+def group(p, title, typed_only=False):
+    """A function that adds flags to a new group of ``p``; with ``typed_only`` they have no default
+    and are absent from the result unless typed."""
+    add = p.add_argument_group(title).add_argument
+
+    def flag(*names, **settings):
+        return add(*names, **settings | {"default": argparse.SUPPRESS} if typed_only else settings)
+
+    return flag
+
+
+def add_data(p, typed_only=False):
+    flag = group(p, "data", typed_only)
+    flag("--dataset", default="cifar10", help="cifar10, cifar100, svhn or digits")
+    flag("--data_root", default="data", metavar="DIR", help="where data sets lie")
+    flag("--download", action=FLAG, default=True, help="fetch what is missing")
+    flag("--n_valid", type=NATURAL, default=None, metavar="n",
+         help="validation images taken from the training split (5000; digits 137)")
+    flag("--n_train", type=POSITIVE, default=None, metavar="n",
+         help="use the first n training images only (small-scale studies)")
+    flag("--image_size", type=int, choices=(16, 32), default=None,
+         help="side of the digits images (16)")
+
+
+def add_model(p, typed_only=False):
+    flag = group(p, "network (Wide-ResNet)", typed_only)
+    flag("--depth", type=depth, default=28, metavar="6n+4", help="layers")
+    flag("--width", type=POSITIVE, default=10, metavar="k", help="widening factor")
+    flag("--norm", choices=NORMS, default="batch", help="normalisation")
+    flag("--bn_momentum", type=number(float, high=1, above=0), default=0.9,
+         help="PyTorch's sense: running = (1-m) old + m batch; released: 0.9")
+
+
+def add_sampler(p, typed_only=False):
+    flag = group(p, "sampler (Algorithm 1)", typed_only)
+    flag("--n_steps", type=POSITIVE, default=10, metavar="M",
+         help="outer steps, each a forward and backward pass")
+    flag("--in_steps", type=NATURAL, default=5, metavar="N",
+         help="inner steps; 0 is SGLD with --sgld_lr")
+    flag("--pyld_lr", type=number(float, above=0), default=0.2, metavar="α",
+         help="step of one inner turn (the paper's α/2 · clamp, see Differences)")
+    flag("--sgld_lr", type=number(float, 0), default=0.0, metavar="α",
+         help="step of SGLD where --in_steps is 0 (JEM: 1)")
+    flag("--sgld_std", type=number(float, 0), default=0.0, metavar="σ",
+         help="std of the noise after each outer step (JEM: 0.01)")
+    flag("--eps", type=number(float, above=0, finite=False), default=1.0, metavar="ε",
+         help="proximity: bound on each gradient component; inf switches it off")
+    flag("--step_decay", type=number(float, high=1, above=0), default=1.0, metavar="γ",
+         help="outer step i is γ^i times as long as the first")
+    flag("--pixel_clamp", action=FLAG, default=True,
+         help="keep chains in [-1, 1] after every inner step")
+    flag("--literal_pyld", action=FLAG, default=False,
+         help="run the inner loop of Algorithm 1 step by step (same result, slower)")
+    flag("--sample_mode", choices=("train", "eval"), default="train",
+         help="the network's mode while sampling (JEM: eval)")
+    flag("--init", choices=("informative", "uniform"), default="informative",
+         help="p_0: class Gaussians (Eq. 14) or uniform noise (JEM)")
+    flag("--buffer_size", type=POSITIVE, default=10000, metavar="|B|",
+         help="images in the replay buffer")
+    flag("--reinit_freq", type=RATE, default=0.05, metavar="ρ",
+         help="probability that a chain starts anew from p_0")
+    flag("--class_cond_p_x_sample", action=FLAG, default=False,
+         help="draw the chains of p(x) per class, y uniform")
+
+
+def add_train(p, typed_only=False):
+    flag = group(p, "objective (Eq. 5)", typed_only)
+    flag("--p_x_weight", type=WEIGHT, default=1.0, help="weight of log p(x)")
+    flag("--p_y_given_x_weight", type=WEIGHT, default=1.0, help="of log p(y|x)")
+    flag("--p_x_y_weight", type=WEIGHT, default=0.0, help="of log p(x, y)")
+    flag("--shared_batch", action=FLAG, default=False,
+         help="one real batch for p(x) and p(y|x) (Algorithm 2); released: two")
+    flag("--sigma", type=number(float, 0), default=0.03, metavar="σ",
+         help="std of the noise on training images")
+    flag("--clean_p_x", action=FLAG, default=False,
+         help="no crop, flip or noise on the real batch of p(x) (SADA-JEM)")
+    flag("--label_smoothing", type=RATE, default=0.0, help="of the cross-entropy")
+    flag("--alternating_flip", action=FLAG, default=False,
+         help="mirror each image every other epoch instead of at random")
+    flag("--adversarial", choices=("none", "linf", "l2"), default="none",
+         help="PGD adversarial training of p(y|x) in this ball (a baseline of Fig. 9)")
+    flag("--adv_eps", type=number(float, above=0), default=None, metavar="ε",
+         help="its radius: L-inf in 1/255 (8), L2 in [0, 1] images (0.5)")
+    flag("--adv_steps", type=POSITIVE, default=7, help="its PGD steps")
+    flag = group(p, "optimiser", typed_only)
+    flag("--optimizer", choices=("sgd", "adam"), default="sgd",
+         help="SGD with momentum 0.9, or Adam with betas 0.9 and 0.999")
+    flag("--nesterov", action=FLAG, default=False, help="Nesterov momentum (SGD)")
+    flag("--lr", type=number(float, above=0), default=None,
+         help="learning rate (sgd 0.1, adam 0.0001)")
+    flag("--weight_decay", type=number(float, 0), default=4e-4, help="L2, all weights")
+    flag("--schedule", choices=("steps", "cosine", "linear"), default="steps",
+         help="of the rate after its warm-up: steps at --decay_epochs, or down to 0 at "
+              "the end of --n_epochs (linear: a one-cycle schedule)")
+    flag("--warmup_iters", type=NATURAL, default=1000, help="steps of linear warm-up")
+    flag("--decay_epochs", type=NATURAL, nargs="*", default=[50, 100, 125],
+         help="epochs at which the learning rate is multiplied by --decay_rate")
+    flag("--decay_rate", type=number(float, above=0), default=0.2, help="see above")
+    flag("--batch_size", type=POSITIVE, default=None, metavar="B",
+         help="images a pass, real or sampled (64)")
+    flag("--labelled_batch", type=POSITIVE, default=None, metavar="B",
+         help="images in the batch of p(y|x) (--batch_size)")
+    flag("--accumulate", type=POSITIVE, default=1, metavar="k",
+         help="parts of B images whose gradients are averaged in one step")
+    flag("--global_batch_size", type=POSITIVE, default=None,
+         help="images a step over all processes and parts; gives --batch_size")
+    flag("--lr_scaling", choices=("none", "sqrt", "linear"), default="none",
+         help="multiply --lr by (global batch / 64), or its root")
+    flag("--sync_bn", action=FLAG, default=False,
+         help="batch statistics over all processes' images (default: each its own)")
+    flag("--sam", type=number(float, 0), default=0.0, metavar="ρ",
+         help="sharpness-aware minimisation with this radius (SADA-JEM); 0 is off")
+    flag("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY",
+         help="evaluate (and keep in best.pt) a running average of the weights; 0 is off")
+    flag("--recalibrate_bn", type=NATURAL, default=0, metavar="n",
+         help="evaluate with running statistics over n training images; 0 is off")
+    flag("--n_epochs", type=POSITIVE, default=150, help="epochs of labelled images")
+    flag = group(p, "run", typed_only)
+    flag("--run_dir", default="runs/jempp", metavar="RUN", help="all output goes here")
+    flag("--seed", type=NATURAL, default=1, help="of weights, data order and chains")
+    flag("--max_steps", type=POSITIVE, default=None, help="stop after this step")
+    flag("--max_minutes", type=number(float, above=0), default=None,
+         help="save and stop after so many minutes (exit code 75)")
+    flag("--ckpt_steps", type=POSITIVE, default=None, metavar="K",
+         help="save last.pt every K steps besides every epoch")
+    flag("--print_every", type=POSITIVE, default=100, help="steps between records")
+    flag("--eval_every", type=POSITIVE, default=1, help="epochs between evaluations")
+    flag("--on_divergence", choices=("rollback", "stop"), default="rollback",
+         help="go back to the last good checkpoint with other random numbers, or stop")
+    flag("--max_rollbacks", type=NATURAL, default=3, help="after them: exit code 3")
+    flag("--rollback_lr_factor", type=number(float, high=1, above=0), default=1.0,
+         help="multiply the learning rate by this at each rollback")
+    flag("--max_loss", type=number(float, above=0), default=1e8,
+         help="a larger |loss| counts as divergence (released: 1e8)")
+    flag("--max_gap", type=number(float, above=0), default=1000.0,
+         help="a larger |E(x+) - E(x-)| counts as divergence")
+    flag("--good_after", type=NATURAL, default=100, metavar="STEPS",
+         help="a checkpoint is good to go back to once the run survived it so long")
+    flag("--check_every", type=POSITIVE, default=10, metavar="STEPS",
+         help="on a GPU, steps between looks at the device (CPU: every step)")
+    flag("--dist_timeout", type=number(float, above=0), default=10.0, metavar="MINUTES",
+         help="under torchrun: a process silent for so long ends the job")
+    flag("--keep_every", type=POSITIVE, default=None, metavar="K",
+         help="also keep epoch_NNNN.pt every K epochs, to evaluate (Fig. 6)")
+    flag("--dry_run", action="store_true", help="print the resolved options and stop")
+
+
+def add_speed(p, typed_only=False):
+    flag = group(p, "speed", typed_only)
+    flag("--fast", action=FLAG, default=False,
+         help="the switches below that pay: on a CPU --compile default, on a GPU "
+              "--compile reduce-overhead --amp bf16 --cudnn_benchmark")
+    flag("--compile", choices=("off", "default", "reduce-overhead", "max-autotune"),
+         default=None, help="torch.compile of the network's passes, by mode; the first "
+         "steps take a minute; reduce-overhead and max-autotune use CUDA graphs (off)")
+    flag("--amp", choices=("off", "bf16"), default=None,
+         help="bfloat16 autocast inside the network; all else stays float32 (off)")
+    flag("--tf32", action=FLAG, default=False,
+         help="let a GPU round float32 products to 10 bits")
+    flag("--cudnn_benchmark", action=FLAG, default=None,
+         help="let cuDNN choose its algorithms by trial (off)")
+
+
+def add_device(p, typed_only=False):
+    flag = group(p, "machine", typed_only)
+    flag("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: cuda if there)")
+    flag("--num_threads", type=NATURAL, default=0, help="CPU threads, 0 = all cores")
+    flag("--deterministic", action=FLAG, default=False,
+         help="on a GPU, same bits for the same seed (a CPU's are anyway); slower")
+    flag("--channels_last", action=FLAG, default=True,
+         help="memory layout of images and weights; changes rounding only")
+
+
+def add_evaluation(p, evaluations):
+    """The flags of eval_jempp.py alone; ``evaluations`` are the names that --eval takes."""
+    flag = group(p, "what")
+    flag("--load_path", nargs="+", required=True, metavar="FILE", help="checkpoints")
+    flag("--eval", nargs="+", required=True, choices=evaluations, metavar="NAME",
+         help=", ".join(evaluations))
+    flag("--results", default=None, metavar="OUT.jsonl",
+         help="append records here (eval/results.jsonl beside the first checkpoint)")
+    flag("--labels", nargs="+", default=None, help="names of the checkpoints in pictures")
+    flag("--method", default=None, help="method in the records (from the arguments)")
+    flag = group(p, "protocol")
+    flag("--n_images", type=POSITIVE, default=None, metavar="n",
+         help="first n images of each real set (all)")
+    flag("--splits", nargs="+", choices=("train", "valid", "test"),
+         default=["train", "valid", "test"], help="of accuracy")
+    flag("--sigma", type=number(float, 0), default=0.0, metavar="σ",
+         help="input noise (the released evaluation adds 0.03, the tables have none)")
+    flag("--bins", type=POSITIVE, default=20, help="of the ECE (Eq. 16)")
+    flag("--ood", nargs="+", metavar="NAME",
+         default=["svhn", "interp", "cifar10", "cifar100", "celeba", "uniform",
+                  "constant"], help="out sets; folder:PATH for your own images")
+    flag("--attacks", nargs="+", choices=("pgd", "margin", "autoattack"),
+         default=["pgd", "margin"], help="of robustness")
+    flag("--eps_linf", nargs="*", type=number(float, 0), metavar="ε·255",
+         default=[2, 4, 8, 16, 30], help="L-inf budgets")
+    flag("--eps_l2", nargs="*", type=number(float, 0), metavar="ε",
+         default=[0.25, 0.5, 1, 2], help="L2 budgets in [0, 1] images")
+    flag("--attack_steps", type=POSITIVE, default=40, help="of PGD and margin")
+    flag("--attack_restarts", type=POSITIVE, default=5, help="of margin")
+    flag("--n_attack", type=NATURAL, default=300, metavar="n",
+         help="attack the first n test images; 0: all")
+    flag = group(p, "generated images")
+    flag("--source", choices=("buffer", "scratch"), default="buffer",
+         help="judge the replay buffer or fresh chains")
+    flag("--n_samples", type=POSITIVE, default=None, metavar="n",
+         help="how many (buffer: all; scratch: 1000)")
+    flag("--chain_steps", type=POSITIVE, default=1000, metavar="M",
+         help="outer steps of chains from scratch")
+    flag("--chain_batch", type=number(int, 2), default=100,
+         help="chains that share their batch statistics")
+    flag("--top", type=number(float, high=1, above=0), default=1.0,
+         help="fraction per predicted class kept by p(y|x) before FID")
+    flag("--reference", choices=("train", "train+test", "test"), default="train+test",
+         help="real images of FID (the paper's: train+test)")
+    flag("--is_splits", type=POSITIVE, default=10, help="of the Inception Score")
+    flag("--kid_subsets", type=POSITIVE, default=100)
+    flag("--kid_subset_size", type=number(int, 2), default=1000)
+    flag("--inception_weights", default=None, metavar="FILE",
+         help="pt_inception-2015-12-05-6726825d.pth (torch hub's cache or download)")
+    flag("--features", default=None, metavar="FILE",
+         help="a checkpoint whose penultimate features judge images (fd_features)")
+    flag = group(p, "run")
+    flag("--batch_size", type=POSITIVE, default=500, help="images a pass")
+    flag("--seed", type=NATURAL, default=0, help="of noise, chains and attacks")
+    flag("--dry_run", action="store_true", help="print the resolved options and stop")

@@ -1,0 +1,92 @@
+"""What a training run starts from, built from the flags."""
+
+from typing import NamedTuple
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from models import JEM
+from samplers import ClassGaussians, ReplayBuffer, UniformInit, make_init
+from utils import distributed
+from utils.cli import n_parts, per_class
+from utils.data import SPECS, Images, TrainData, load_splits
+from utils.files.checkpoint import State, own_share, stream_seed
+from utils.files.records import jsonable
+from utils.machine import compiled
+from utils.program import InputError
+from utils.seeding import generator
+
+
+class Setup(NamedTuple):
+    """What a run works with: what it changes, and what it only reads."""
+
+    state: State
+    data: TrainData
+    p0: ClassGaussians | UniformInit
+    valid: Images | None = None
+    test: Images | None = None
+
+
+def build(args, device):
+    """Everything the flags describe, fresh, as a ``Setup`` on ``device``."""
+    spec = SPECS[args.dataset]
+    images, valid, test = (split.to(device) for split in load_splits(
+        args.dataset, args.data_root, n_valid=args.n_valid, n_train=args.n_train,
+        download=args.download, size=args.image_size))
+    data = TrainData(images, spec, batch_size=args.batch_size, sigma=args.sigma, seed=args.seed,
+                     labelled_batch=args.labelled_batch, parts=n_parts(args),
+                     shared_batch=args.shared_batch, clean_p_x=args.clean_p_x,
+                     alternating_flip=args.alternating_flip)
+    try:
+        p0 = make_init(args.init, images.x, images.y, spec.n_classes,
+                       compiled=args.compile != "off")
+    except ValueError as error:  # --n_train left a class out
+        raise InputError(f"{error}: raise --n_train, or --init uniform") from error
+    origin = {"init": args.init, "dataset": args.dataset, "n_valid": args.n_valid,
+              "n_train": len(images.y), "train_sha256": images.digest()}
+    return Setup(new_state(args, data, p0, origin), data, p0, valid, test)
+
+
+def new_state(args, data, p0, origin, rollbacks=0):
+    """Weights, optimiser and replay buffer as a run begins with them, after so many rollbacks."""
+    torch.manual_seed(args.seed + rollbacks)
+    model = new_model(args, data)
+    average = None
+    if args.ema:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema),
+                                use_buffers=True)
+    model.bf16 = args.amp == "bf16"
+    compiled(model, args.compile)
+    buffer = None
+    if args.p_x_weight or args.p_x_y_weight:
+        seed = stream_seed(args.seed, rollbacks)
+        buffer = ReplayBuffer.fill(
+            args.buffer_size, p0, data.spec.n_classes, per_class=per_class(args),
+            host=generator("cpu", seed, "fill", "host"),
+            generator=generator(data.device, seed, "fill", "device"))
+        buffer.images = own_share(buffer.images).clone()
+    return State(model, new_optimizer(args, model), buffer, origin, jsonable(vars(args)),
+                 rollbacks=rollbacks, average=average)
+
+
+def new_model(args, data):
+    """The network on its device, in train mode, its gradients allocated."""
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    model = JEM.wide_resnet(depth=args.depth, width=args.width, n_classes=data.spec.n_classes,
+                            norm=args.norm, bn_momentum=args.bn_momentum)
+    if args.sync_bn and distributed.world() > 1:
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = model.to(data.device, memory_format=layout).train()
+    for p in model.parameters():
+        # Gradients are summed into memory of our own, never None: the first pass would leave there
+        # what its CUDA graph returned, which later passes overwrite (pytorch/pytorch#169545).
+        p.grad = torch.zeros_like(p)
+    return model
+
+
+def new_optimizer(args, model):
+    """SGD with momentum 0.9, or Adam."""
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=args.nesterov,
+                               weight_decay=args.weight_decay)
+    return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)

@@ -1,0 +1,58 @@
+"""The learning rate of each step, and when the loop does what."""
+
+import math
+from typing import NamedTuple
+
+from utils.program import InputError
+
+
+def learning_rate(step, steps_per_epoch, args):
+    """The rate of a step (from 0 on): linear warm-up from 0, then by --schedule.
+
+    ``steps``: times --decay_rate at each of --decay_epochs. ``cosine``, ``linear``: along a cosine
+    or a line to 0 at the last step.
+    """
+    lr = args.lr * {"none": 1, "sqrt": (args.global_batch_size / 64) ** 0.5,
+                    "linear": args.global_batch_size / 64}[args.lr_scaling]
+    if step < args.warmup_iters:
+        lr *= step / args.warmup_iters
+    if args.schedule == "steps":
+        epoch = step // steps_per_epoch
+        return lr * args.decay_rate ** sum(epoch >= e for e in args.decay_epochs)
+    after = args.n_epochs * steps_per_epoch - args.warmup_iters
+    done = min(1.0, max(0, step - args.warmup_iters) / max(1, after))
+    return lr * (1 - done if args.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
+def check_past_rates(before, now, step, steps_per_epoch):
+    """InputError where the arguments ``now`` give any of the ``step`` steps that a run has taken
+    another learning rate than the arguments that it took them with."""
+    for taken in range(step):
+        was, would_be = (learning_rate(taken, steps_per_epoch, args) for args in (before, now))
+        if was != would_be:
+            raise InputError(f"the run has taken step {taken + 1} at the rate {was:.4g}; with "
+                             f"these --n_epochs and --decay_epochs that would have been "
+                             f"{would_be:.4g}: change them only for what is still to come")
+
+
+class Due(NamedTuple):
+    """What is to be done after a step."""
+
+    look: bool  # at the scalars that the steps left on the device, and for reasons to stop
+    log: bool
+    evaluate: bool
+    keep: bool  # epoch_NNNN.pt
+    save: bool
+
+
+def due(step, total, steps_per_epoch, look_every, args):
+    """What is ``Due`` after ``step`` steps, of which ``total`` are to be done in this run."""
+    epoch, position = divmod(step, steps_per_epoch)
+    at_end = step == args.n_epochs * steps_per_epoch
+    save = (position == 0 or step == total
+            or args.ckpt_steps is not None and step % args.ckpt_steps == 0)
+    log = save or step % args.print_every == 0
+    return Due(look=log or step % look_every == 0, log=log,
+               evaluate=position == 0 and (epoch % args.eval_every == 0 or at_end),
+               keep=position == 0 and bool(args.keep_every) and epoch % args.keep_every == 0,
+               save=save)
