@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread (tiny networks only lose by more), and small digits runs."""
+"""Fixtures and hooks of all tests. One thread: tiny networks only lose by more."""
 
 import signal
 import sys
@@ -7,13 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
-
-# WRN-10-1 on 16x16 digits, 3 steps an epoch: a second or two
-TINY = ["--dataset", "digits", "--depth", "10", "--width", "1", "--n_valid", "1389",
-        "--batch_size", "16", "--n_steps", "2", "--buffer_size", "40", "--reinit_freq", "0.3",
-        "--warmup_iters", "2", "--print_every", "1", "--num_threads", "1", "--device", "cpu"]
 
 
 def pytest_collection_modifyitems(items):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from helpers import ROOT, TINY
 
 import train_jempp
 from utils import program

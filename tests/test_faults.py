@@ -18,21 +18,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from helpers import Evil, flat, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_eval import Evil
-from test_train import flat
 
 import train_jempp
 from utils import cli
 from utils.files import checkpoint, records
 from utils.files.records import read_jsonl
 from utils.program import InputError
-
-
-def tiny(run_dir, *more):
-    return [str(word) for word in (*TINY, "--run_dir", run_dir, *more)]
 
 
 def run_main(argv):

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from helpers import ROOT, TINY
 
 import train_jempp
 from models import JEM, frozen

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
-from test_train import flat, loss_of, same_state, tiny
+from helpers import TINY, flat, loss_of, same_state, tiny
 from torch import nn
 
 import train_jempp

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from helpers import ROOT, TINY
 
 import eval_jempp
 import train_jempp

@@ -5,7 +5,7 @@ import statistics
 from collections import Counter
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from scripts import make_tables
 from scripts.tables.sources import NUMBER

@@ -6,42 +6,13 @@ import signal
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from helpers import ROOT, TINY, loss_of, same_state, tiny
 
 import train_jempp
 from utils import cli
 from utils.files.records import read_jsonl
 from utils.training.build import build
 from utils.training.schedule import learning_rate
-
-
-def tiny(run_dir, *more):
-    return [*TINY, "--run_dir", run_dir, *more]
-
-
-def flat(content, path=""):
-    """(name, tensor) of every tensor in a checkpoint."""
-    if isinstance(content, torch.Tensor):
-        yield path, content
-    elif isinstance(content, dict):
-        for key, value in content.items():
-            yield from flat(value, f"{path}/{key}")
-    elif isinstance(content, list):
-        for key, value in enumerate(content):
-            yield from flat(value, f"{path}/{key}")
-
-
-def same_state(a, b):
-    a, b = (torch.load(path, weights_only=True) for path in (a, b))
-    tensors_a, tensors_b = dict(flat(a)), dict(flat(b))
-    assert tensors_a.keys() == tensors_b.keys()
-    different = [k for k, v in tensors_a.items() if not torch.equal(v, tensors_b[k])]
-    assert not different
-    names = " ".join(tensors_a)
-    for part in ("/model/stem.weight", "/buffer", "/optimizer/state/0/"):
-        assert part in names
-    assert ("running_var" in names) == (a["args"]["norm"] == "batch")
-    return a["step"] == b["step"]
 
 
 def test_a_run_writes_what_the_contract_says(tmp_path, call):
@@ -256,19 +227,6 @@ def test_p_x_weight_0_is_a_plain_classifier(tmp_path, call):
     log = read_jsonl(tmp_path / "train.jsonl")
     assert "e_pos" not in log[1] and log[1]["loss"] == pytest.approx(log[1]["ce"])
     assert torch.load(tmp_path / "last.pt", weights_only=True)["buffer"] is None
-
-
-def loss_of(monkeypatch, *flags):
-    """The terms of loss_terms on one batch with x_neg given: (model, batch, x_neg, metrics)."""
-    args = cli.train_args([*TINY, "--norm", "none", *flags])
-    state, data, p0, _, _ = build(args, torch.device("cpu"))
-    x_neg = torch.rand(16, 3, 16, 16) * 2 - 1
-    monkeypatch.setattr(train_jempp, "sample_negatives", lambda *rest: x_neg)
-    batch = data.batch(0)
-    streams = train_jempp.seed_step(1, 0, 0, "cpu")
-    terms = train_jempp.loss_terms(state, None, batch, None, p0, args, streams)
-    metrics = train_jempp.backward([terms], state.net)
-    return state.model, batch, x_neg, {k: v.item() for k, v in metrics.items()}
 
 
 @pytest.mark.parametrize("flags", ([], ["--class_cond_p_x_sample"]))
