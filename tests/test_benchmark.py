@@ -70,13 +70,13 @@ def test_what_cannot_be_measured_is_refused(call, flags, word):
     assert code == 2 and word in err and "Traceback" not in err
 
 
-def test_forward_images_are_the_papers_cost():
+def test_passes_per_step_are_the_papers_cost():
     cost = {m: benchmark.forward_images(cli.train_args(["--n_steps", str(m)])) / 64
             for m in (5, 10, 20)}
     assert cost == {5: 19, 10: 29, 20: 49}
 
 
-def test_counted_operations_of_the_papers_network():
+def test_the_papers_network_has_the_operations_that_are_known():
     config = {"depth": 28, "width": 10, "n_classes": 10}
     assert benchmark.forward_flop(config, 32, 1) / 2 == pytest.approx(5.95e9, rel=0.01)
 
@@ -130,7 +130,7 @@ def test_the_literal_side_has_none_of_our_switches(monkeypatch):
     assert not any(getattr(module, "inplace", False) for module in model.modules())
 
 
-def test_table_4s_records_say_by_which_switches(call, tmp_path, monkeypatch):
+def test_table_4s_records_name_their_switches(call, tmp_path, monkeypatch):
     rows = {row: benchmark_table4.ROWS[row] for row in ("JEM", "JEM++ M=5 N=5", "JEM++ M=5 N=20")}
     monkeypatch.setattr(benchmark_table4, "ROWS", rows)
     file = tmp_path / "table4.jsonl"

@@ -15,7 +15,7 @@ from utils.evaluation.calibration import (
 )
 
 
-def test_ece_by_hand():
+def test_ece_equals_that_by_hand():
     # Bin (0, 0.5]: 0.2 wrong, 0.4 right, gap |1/2 - 0.3|. Bin (0.5, 1]: 0.9 right, 0.7 wrong,
     # 0.8 right, gap |2/3 - 0.8|.
     confidence, correct = [0.2, 0.9, 0.4, 0.7, 0.8], [0, 1, 1, 0, 1]
@@ -58,7 +58,7 @@ def test_bins_agree_with_scikit_learn(n_bins):
     assert expected_calibration_error(confidence, correct, n_bins) == pytest.approx(ece, abs=1e-14)
 
 
-def test_adaptive_ece_by_hand():
+def test_adaptive_ece_equals_that_by_hand():
     # Sorted: 0.1 0.2 0.3 | 0.6 0.9, right 0 1 0 | 1 0: gaps of the sums 1 - 0.6 and 1 - 1.5.
     value = adaptive_calibration_error([0.9, 0.2, 0.6, 0.1, 0.3], [0, 1, 1, 0, 0], 2)
     assert value == pytest.approx((0.4 + 0.5) / 5, abs=1e-15)
@@ -75,7 +75,7 @@ def test_one_bin_is_the_overall_gap_and_calibrated_is_zero():
         assert error(confidence, 1 - correct, 1) == pytest.approx(0.5)
 
 
-def test_nll_and_brier_by_hand():
+def test_nll_and_brier_equal_those_by_hand():
     p, y = np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]), np.array([0, 1])
     assert nll(np.log(p), y) == pytest.approx((math.log(2) + math.log(10)) / 2, abs=1e-15)
     assert brier_score(p, y) == pytest.approx((0.375 + 0.01 + 0.81 + 0.64) / 2, abs=1e-15)

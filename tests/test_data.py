@@ -30,7 +30,7 @@ needs_cifar100 = pytest.mark.skipif(not (DATA / "cifar-100-python").is_dir(),
                                     reason="no CIFAR-100 under data/")
 
 
-def test_pixels_there_and_back():
+def test_pixels_survive_the_way_to_floats_and_back():
     x = torch.arange(256).to(torch.uint8)
     assert to_pixels(x).min() == -1 and to_pixels(x).max() == 1
     assert torch.equal(to_uint8(to_pixels(x)), x)
@@ -126,7 +126,7 @@ def test_class_gaussians_of_a_hundred_classes_fit():
     assert draws.shape == (64, 3, 32, 32) and draws.abs().max() <= 1
 
 
-def test_svhn_through_torchvision(tmp_path, monkeypatch):
+def test_svhn_is_read_with_its_labels_through_torchvision(tmp_path, monkeypatch):
     import scipy.io
     import torchvision
 
@@ -150,7 +150,7 @@ def test_missing_data_is_one_line_that_says_what_belongs_where(name, tmp_path):
         load(name, tmp_path / "absent", train=True, download=False)
 
 
-def test_no_network_is_one_line(tmp_path, monkeypatch):
+def test_an_unreachable_network_is_one_line(tmp_path, monkeypatch):
     import torchvision.datasets.utils as tv_utils
 
     def refuse(*words, **more):
@@ -162,6 +162,6 @@ def test_no_network_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_more_validation_images_than_there_are(tmp_path):
+def test_more_validation_images_than_there_are_is_refused(tmp_path):
     with pytest.raises(InputError, match="leaves no training image"):
         load_splits("digits", Path(tmp_path), n_valid=1437)

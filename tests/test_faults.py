@@ -292,7 +292,7 @@ def test_what_diverges_for_certain_ends_with_the_rollbacks_on_record(tmp_path, f
     ({"loss": 1.0, "e_pos": 0.0, "e_neg": -1001.0}, "--max_gap"),
     ({"loss": 1.0, "e_pos_y": 5e3, "e_neg_y": 0.0}, "--max_gap"),
     ({"loss": 1.0, "e_pos": 0.0, "e_neg": 0.0, "saturated": 0.999}, "at their bounds")])
-def test_the_guards_causes(row, cause):
+def test_the_guard_names_the_cause_of_a_divergence(row, cause):
     from utils.training.guard import Guard
 
     found = Guard(cli.train_args([]), 10).fault(row, {})
@@ -478,7 +478,7 @@ def test_any_flags_run_two_steps_or_are_refused_in_one_line(tmp_path_factory, fl
 @pytest.mark.long
 @settings(max_examples=150, **HYPOTHESIS)
 @given(flags=st.lists(FLAG, max_size=4))
-def test_any_flags_at_length(tmp_path_factory, flags):
+def test_any_flags_run_two_steps_or_are_refused_in_one_line_at_full_count(tmp_path_factory, flags):
     any_flags_run_or_are_refused(tmp_path_factory, flags)
 
 

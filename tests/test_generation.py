@@ -78,7 +78,7 @@ def frechet_by_singular_values(a, b):
             - 2 * between)
 
 
-def test_frechet_distance_of_diagonal_gaussians():
+def test_frechet_distance_of_diagonal_gaussians_has_its_closed_form():
     mean_a, mean_b = np.array([0.0, 1.0, 2.0]), np.array([1.0, -1.0, 2.5])
     var_a, var_b = np.array([1.0, 4.0, 9.0]), np.array([16.0, 4.0, 0.25])
     want = ((mean_a - mean_b) ** 2).sum() + ((var_a**0.5 - var_b**0.5) ** 2).sum()
@@ -86,7 +86,7 @@ def test_frechet_distance_of_diagonal_gaussians():
     assert got == pytest.approx(want, rel=1e-12)
 
 
-def test_statistics_and_distance_of_correlated_features():
+def test_frechet_distance_of_correlated_features_is_that_by_singular_values():
     random = np.random.default_rng(0)
     a, b = random.normal(size=(200, 4)) @ random.normal(size=(4, 4)), random.normal(size=(90, 4))
     mean, covariance = generation.statistics(a.astype(np.float32))
@@ -100,7 +100,7 @@ def test_statistics_and_distance_of_correlated_features():
         generation.frechet_distance((mean, covariance), generation.statistics(b[:, :3]))
 
 
-def test_inception_score_known_answers():
+def test_inception_score_has_its_known_answers():
     one_hot = np.tile(np.eye(7), (6, 1))
     assert generation.inception_score(one_hot, 3) == (pytest.approx(7, rel=1e-12),
                                                       pytest.approx(0, abs=1e-12))
@@ -109,7 +109,7 @@ def test_inception_score_known_answers():
 
 
 @pytest.mark.parametrize("splits", [1, 4, 7])
-def test_inception_score_by_entropies(splits):
+def test_inception_score_equals_its_form_in_entropies(splits):
     """log IS is also the entropy of the mean less the mean entropy."""
     p = np.random.default_rng(1).dirichlet(np.full(6, 0.3), size=50)
     scores = []
@@ -121,7 +121,7 @@ def test_inception_score_by_entropies(splits):
     assert generation.inception_score(p, splits) == pytest.approx(want, rel=1e-10, abs=1e-12)
 
 
-def test_kid_by_loops():
+def test_kid_equals_the_sum_over_pairs():
     """With subsets of everything there is one value: the sums over pairs written out."""
     random = np.random.default_rng(2)
     a, b = random.normal(size=(6, 3)), random.normal(0.5, 2, size=(6, 3))
@@ -173,7 +173,7 @@ def test_non_finite_values_are_refused():
             call()
 
 
-def test_select_per_class():
+def test_the_most_confident_of_each_class_are_selected():
     p = np.array([0.9, 0.2, 0.9, 0.5, 0.8, 0.9, 0.1])
     y = np.array([3, 3, 3, 3, 0, 0, 5])
     select = generation.select_per_class
@@ -232,7 +232,7 @@ def test_reference_statistics_are_computed_once(tmp_path, capsys, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == ["cifar10.npz"]
 
 
-def test_inception_from_the_hub_cache_or_a_file(torch_home, monkeypatch):
+def test_inception_weights_are_found_in_the_hub_cache_or_a_file(torch_home, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(torch_home))
     network, sha256 = generation.inception(download=False)
     assert sha256 == hashlib.sha256(weights_in(torch_home).read_bytes()).hexdigest()
@@ -241,7 +241,7 @@ def test_inception_from_the_hub_cache_or_a_file(torch_home, monkeypatch):
     assert not any(p.requires_grad for p in network.parameters())
 
 
-def test_inception_outputs(network, torch_home):
+def test_inception_outputs_do_not_depend_on_the_batch(network, torch_home):
     x = some_images(5, 2)
     features, probabilities = generation.inception_outputs(network, x, batch_size=5)
     assert features.shape == (5, 2048) and probabilities.shape == (5, 1008)

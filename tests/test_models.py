@@ -14,7 +14,7 @@ def test_wrn_28_10_has_the_released_networks_parameters():
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("size", (8, 16, 32, 40))
-def test_any_norm_and_any_size_from_8(norm, size):
+def test_every_norm_takes_images_of_any_size_from_8(norm, size):
     network = WideResNet(depth=10, width=1, n_classes=7, norm=norm)
     x = torch.rand(3, 3, size, size) * 2 - 1
     for mode in (True, False):
@@ -37,12 +37,12 @@ def test_running_statistics_follow_the_last_batch_at_the_released_momentum():
 @pytest.mark.parametrize("config, words", [
     ({"depth": 27}, "6n \\+ 4"), ({"depth": 4}, "6n \\+ 4"), ({"width": 0}, "start at 1"),
     ({"norm": "frozen"}, "norm is one of")])
-def test_networks_that_do_not_exist(config, words):
+def test_a_depth_width_or_norm_that_no_network_has_is_refused(config, words):
     with pytest.raises(ValueError, match=words):
         WideResNet(**config)
 
 
-def test_energies_are_the_equations():
+def test_energies_are_those_of_the_papers_equations():
     torch.manual_seed(0)
     model = JEM.wide_resnet(depth=10, width=1, n_classes=5).double().eval()
     x, y = torch.rand(4, 3, 8, 8).double(), torch.tensor([0, 4, 2, 2])

@@ -48,7 +48,7 @@ def test_zip_and_legacy_files_hold_the_same_network_and_buffer(tmp_path, norm):
 @pytest.mark.parametrize("mode", ("train", "eval"))
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("source", ("official", "jem"))
-def test_logits(source, norm, mode):
+def test_logits_equal_those_of_the_released_code(source, norm, mode):
     name = f"{source}_wrn10_1_{norm}"
     theirs = reference(name)
     close(model64(name, mode)(tensor64(theirs["x"])), theirs[f"f64_logits_{mode}"])
@@ -56,7 +56,7 @@ def test_logits(source, norm, mode):
 
 @pytest.mark.parametrize("mode", ("train", "eval"))
 @pytest.mark.parametrize("norm", NORMS)
-def test_energies_and_input_gradients(norm, mode):
+def test_energies_and_input_gradients_equal_those_of_the_released_code(norm, mode):
     name = f"official_wrn10_1_{norm}"
     theirs = reference(name)
     x, y = tensor64(theirs["x"]), torch.from_numpy(theirs["y_cond"])
@@ -73,7 +73,7 @@ def test_energies_and_input_gradients(norm, mode):
 @pytest.mark.parametrize("sampler", (pyld, pyld_collapsed))
 @pytest.mark.parametrize("mode", ("train", "eval"))
 @pytest.mark.parametrize("norm", NORMS)
-def test_pyld(sampler, norm, mode):
+def test_pyld_samples_equal_those_of_the_released_code(sampler, norm, mode):
     name = f"official_wrn10_1_{norm}"
     theirs = reference(name)
     x, y = tensor64(theirs["x_init"]), torch.from_numpy(theirs["y_cond"])
@@ -87,7 +87,7 @@ def test_pyld(sampler, norm, mode):
 
 @pytest.mark.parametrize("sampler", (pyld, pyld_collapsed))
 @pytest.mark.parametrize("norm", NORMS)
-def test_small_proximity_and_starts_outside_the_pixel_range(sampler, norm):
+def test_pyld_clipped_or_from_outside_the_pixels_equals_the_released_codes(sampler, norm):
     name = f"official_wrn10_1_{norm}"
     theirs = reference(name)
     x = tensor64(theirs["x_init"])
@@ -98,7 +98,7 @@ def test_small_proximity_and_starts_outside_the_pixel_range(sampler, norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_plain_sgld(norm):
+def test_sgld_samples_equal_those_of_the_released_code(norm):
     name = f"official_wrn10_1_{norm}"
     theirs = reference(name)
     model = model64(name, "train")
@@ -112,7 +112,7 @@ def test_plain_sgld(norm):
 
 
 @pytest.mark.parametrize("sampler", (pyld, pyld_collapsed))
-def test_running_statistics_after_sampling(sampler):
+def test_sampling_moves_the_running_statistics_as_the_released_code_does(sampler):
     name = "official_wrn10_1_batch"
     theirs = reference(name)
     model = model64(name, "train")
@@ -124,7 +124,7 @@ def test_running_statistics_after_sampling(sampler):
         close(state[our_name(entry.removeprefix("after_sampling/"))], theirs[entry], 1e-5)
 
 
-def test_bare_and_data_parallel_state_dicts(tmp_path):
+def test_bare_and_data_parallel_state_dicts_hold_the_same_network(tmp_path):
     content = released_file(tmp_path / "a.pt")
     state = content["model_state_dict"]
     torch.save(state, tmp_path / "bare.pt")

@@ -31,7 +31,7 @@ def test_auroc_is_the_probability_of_the_right_order():
     assert ood.auroc(score_in * 1e4 - 5e4, score_out * 1e4 - 5e4) == ood.auroc(score_in, score_out)
 
 
-def test_auroc_and_aupr_by_hand():
+def test_auroc_and_aupr_equal_those_by_hand():
     assert ood.auroc([3, 1], [2, 0]) == 0.75
     # Down the ranking in, out, in, out: precision 1 at recall 1/2, 2/3 at recall 1.
     assert ood.aupr([3, 1], [2, 0]) == pytest.approx((1 + 2 / 3) / 2, abs=1e-15)
@@ -46,7 +46,7 @@ def test_aupr_agrees_with_scikit_learn_on_ties():
     assert ood.aupr(torch.tensor(score_in), torch.tensor(score_out)) == expected
 
 
-def test_fpr95_by_hand():
+def test_fpr95_equals_that_by_hand():
     score_in = np.arange(20.0)  # 19 of 20 is exactly 95 %: the threshold is 1
     assert ood.fpr_at_95_tpr(score_in, [0, 0.5, 1, 2]) == 0.5  # tied with the threshold: accepted
     # 18 of 19 is 94.7 %, too few: the threshold has to go down to the lowest, 0.
@@ -76,7 +76,7 @@ def test_bad_scores_are_refused_by_name(metric):
 
 # Scores
 
-def test_scores_of_logits():
+def test_scores_are_log_sum_exp_and_largest_softmax_in_float64():
     logits = torch.tensor([[0.0, np.log(3)], [30, 0], [60, 0]], dtype=torch.float32)
     np.testing.assert_allclose(ood.log_p_x(logits), [np.log(4), 30, 60], rtol=1e-7)
     p = ood.max_p_y_given_x(logits)
@@ -96,7 +96,7 @@ class Quadratic(JEM):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_gradient_norm_in_closed_form(training):
+def test_gradient_norm_equals_its_closed_form(training):
     x = torch.tensor([0, 255, 51]).to(torch.uint8).view(3, 1, 1, 1).expand(3, 3, 4, 4)
     model = Quadratic().train(training)
     expected = -torch.tensor([1, 1, 0.6]).double() * 48**0.5
@@ -151,7 +151,7 @@ def test_generated_sets_are_functions_of_seed_and_index(name):
     assert len(out(name, 6, n=3)) == 3
 
 
-def test_uniform_and_constant_images():
+def test_uniform_and_constant_images_have_their_known_statistics():
     x = out("uniform", 32, n=20).double()
     assert x.min() == 0 and x.max() == 255  # 61,440 values
     assert abs(x.mean() - 127.5) < 1.2 and abs(x.std() - 73.9) < 0.8  # 4 standard errors

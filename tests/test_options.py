@@ -87,7 +87,7 @@ EVERYTHING = ["--batch_size", "4", "--accumulate", "2", "--labelled_batch", "16"
               "--n_epochs", "4"]
 
 
-def test_with_everything_on_six_steps_are_three_and_three_more(tmp_path, call):
+def test_with_every_option_on_a_resumed_run_equals_an_uninterrupted_one(tmp_path, call):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for run, stops in ((whole, "6"), (parts, "36")):
         for stop in stops:
@@ -284,7 +284,7 @@ def test_no_pass_starts_while_the_graph_of_another_lives(flags):
 
 
 @pytest.mark.parametrize("smoothing", (0.0, 0.1, 0.7))
-def test_label_smoothing_by_its_formula(monkeypatch, smoothing):
+def test_label_smoothing_follows_its_formula(monkeypatch, smoothing):
     model, (_, (x_lab, y_lab)), _, metrics = loss_of(monkeypatch, "--label_smoothing",
                                                      str(smoothing))
     log_p = model.log_p_y_given_x(x_lab)

@@ -193,7 +193,7 @@ def test_shares_of_a_buffer_are_disjoint_and_keep_the_blocks_of_the_classes(size
     assert torch.equal(buffer.images[:, 0, 0, 0], 1.0 + owner)
 
 
-def test_filled_from_p0_class_by_class():
+def test_a_buffer_is_filled_from_p0_class_by_class():
     x, y = correlated_images(n=50, size=4)
     x[y == 0], x[y == 1] = 0, 255  # -1 and +1
     p0 = ClassGaussians.fit(x, y, 2)

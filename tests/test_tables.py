@@ -48,11 +48,11 @@ def paper(table, row, column, **keys):
     (None, ("table5", "random init (w/ BN)", "accuracy")),
     (0.886, ("table5", "random init (w/o BN)", "accuracy")),
     (7.92, ("table5", "informative init (w/o BN)", "is_mean"))])
-def test_numbers_of_one_dataset(value, where):
+def test_numbers_are_those_printed_in_the_paper(value, where):
     assert paper(*where) == value
 
 
-def test_numbers_that_further_keys_tell_apart():
+def test_data_set_score_and_out_set_tell_the_papers_numbers_apart():
     assert paper("table3", "JEM++ (M=10)", "accuracy", dataset="svhn") == 0.969
     assert paper("table3", "JEM++ (M=10)", "accuracy", dataset="cifar100") == 0.745
     assert paper("table3", "Softmax (w/ BN)", "accuracy", dataset="cifar100") == 0.789

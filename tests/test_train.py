@@ -41,7 +41,7 @@ CONDITIONAL = ["--p_x_y_weight", "1", "--class_cond_p_x_sample", "--shared_batch
 
 
 @pytest.mark.parametrize("flags", ([], ADAM_JEM, CONDITIONAL), ids=("jempp", "jem", "conditional"))
-def test_six_steps_are_three_and_three_more(tmp_path, call, flags):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, call, flags):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = ["--n_epochs", "4", *flags, "--n_valid", "1347", "--seed", "3"]  # 5 steps an epoch
     assert call(train_jempp.main, tiny(whole, *flags, "--max_steps", "6"))[0] == 0
@@ -208,7 +208,7 @@ def test_defaults_are_the_papers_main_run(call):
     assert code == 0 and {k: options[k] for k in expected} == expected
 
 
-def test_warm_up_and_decay():
+def test_the_learning_rate_warms_up_and_decays_at_its_epochs():
     args = cli.train_args([])
     rate = [learning_rate(step, 703, args)
             for step in (0, 500, 1000, 50 * 703 - 1, 50 * 703, 100 * 703, 149 * 703)]
@@ -239,7 +239,7 @@ def test_log_p_x_takes_the_energy_of_x_alone(monkeypatch, flags):
     assert metrics["loss"] == pytest.approx(e_pos - e_neg + ce, rel=1e-4)
 
 
-def test_weights_of_the_three_log_likelihoods(monkeypatch):
+def test_the_loss_weighs_the_three_log_likelihoods(monkeypatch):
     model, (_, (x_lab, y_lab)), x_neg, metrics = loss_of(
         monkeypatch, "--p_x_weight", "0.5", "--p_y_given_x_weight", "2", "--p_x_y_weight", "3")
     joint = (model.energy(x_lab, y_lab) - model.energy(x_neg, y_lab)).mean().item()
@@ -298,7 +298,7 @@ def test_optimisers_are_the_released_ones(name, expected):
     assert {k: optimizer.defaults[k] for k in expected} == expected
 
 
-def test_kept_checkpoints(tmp_path, call):
+def test_a_checkpoint_is_kept_every_so_many_epochs(tmp_path, call):
     assert call(train_jempp.main, tiny(tmp_path, "--n_epochs", "4", "--keep_every", "2"))[0] == 0
     kept = sorted(p.name for p in tmp_path.glob("epoch_*.pt"))
     assert kept == ["epoch_0002.pt", "epoch_0004.pt"]
