@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils import distributed, flags, machine
 from utils.data import SPECS
-from utils.files.records import jsonable
+from utils.files.records import jsonable, read_json
 from utils.program import InputError, parser, say
 
 # Flags that only say how far, how often or on what to run. A resumed run may change them.
@@ -186,7 +186,7 @@ def check_run_dir(run_dir, args):
         raise InputError(f"--run_dir {run_dir} is a file")
     path = run_dir / "args.json"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json(path)
     except FileNotFoundError:
         return
     except ValueError:

@@ -1,5 +1,6 @@
 """JSON lines and files that are whole or not there: written beside their place and renamed."""
 
+import errno
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils.files.regular import read_bytes, regular
 from utils.program import InputError
 
 # The training arguments that a record of a measured number repeats.
@@ -28,7 +30,7 @@ def replacing(path, mode="wb", keep_as=None):
         with open(partial, mode) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         if keep_as and path.exists():
             path.replace(path.with_name(keep_as))
         partial.replace(path)
@@ -43,11 +45,24 @@ def replacing(path, mode="wb", keep_as=None):
 def sync_folder(folder):
     """Make renames in ``folder`` last through a power cut, where the system lets one."""
     if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            handle = os.open(folder, os.O_RDONLY)
+        except PermissionError:  # one may write to it, not list it
+            return
+        try:
+            sync(handle)
         finally:
             os.close(handle)
+
+
+def sync(handle):
+    """fsync, which file systems may refuse (CIFS and FUSE for folders); that the disk is full or
+    broken is no refusal."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def write_json(path, value):
@@ -56,20 +71,26 @@ def write_json(path, value):
         file.write("\n")
 
 
+def read_json(path):
+    """What a JSON file holds. ValueError where that is no JSON."""
+    try:
+        return json.loads(read_bytes(path))
+    except RecursionError:
+        raise ValueError("nested beyond measure") from None
+
+
 def read_jsonl(path):
     """The records of a JSON-lines file, without a last line torn by a crash; [] for no file."""
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = read_bytes(path).splitlines()
     except FileNotFoundError:
         return []
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not a JSON-lines file") from error
     records = []
     for number, line in enumerate(lines):
         try:
             records.append(json.loads(line))
-        except ValueError as error:
-            torn = number == len(lines) - 1 and line.startswith("{")
+        except (ValueError, RecursionError) as error:
+            torn = number == len(lines) - 1 and line.startswith(b"{")
             if not torn:
                 raise InputError(f"{path}: line {number + 1} is not JSON") from error
     return records
@@ -84,7 +105,7 @@ def append_jsonl(path, record):
     """Append one record; a torn last line, left by a crash, is first cut off. A whole one without
     its newline stays, and a file of another kind is refused (InputError)."""
     data = json.dumps(jsonable(record)) + "\n"
-    with open(path, "a+b") as file:
+    with regular(path, "a+b") as file:
         file.seek(0)
         start = max(0, file.seek(0, os.SEEK_END) - 1)
         file.seek(start)
@@ -95,7 +116,7 @@ def append_jsonl(path, record):
             try:
                 json.loads(text[last:])
                 data = "\n" + data
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if not text[last:].startswith(b"{"):
                     raise InputError(f"{path} is not a JSON-lines file") from error
                 file.truncate(last)
