@@ -15,6 +15,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+@pytest.fixture(autouse=True)
+def empty_torch_home(tmp_path_factory, monkeypatch):
+    """No Inception weights, even where the user's own cache holds them."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "torch_home"))
+
+
 @pytest.fixture
 def call(capsys, monkeypatch):
     """Run a script's main with a list of words; returns (exit code, stdout, stderr)."""

@@ -232,12 +232,12 @@ def test_a_bad_checkpoint_is_one_line_and_costs_no_record(
     (["--eval", "robustness", "--n_attack", "361"], "were asked for"),
     (["--eval", "robustness", "--eps_linf", "-1"], "eps_linf"),
     (["--eval", "ood", "--ood", "folder:EMPTY"], "holds no image"),
-    (["--eval", "ood", "--ood", "folder:/nonexistent"], "is no folder"),
+    (["--eval", "ood", "--ood", "folder:ABSENT"], "is no folder"),
     (["--eval", "ood", "--ood", "imagenet"], "unknown out-of-distribution set"),
     (["--eval", "accuracy", "--dataset", "cifar100"], "knows 10 classes"),
     (["--eval", "best_worst", "--n_samples", "41"], "buffer holds 40"),
     (["--eval", "everything"], "invalid choice"),
-    (["--eval", "fid", "--features", "absent.pt", "--no-download"], "no checkpoint"),
+    (["--eval", "fid", "--features", "ABSENT", "--no-download"], "no checkpoint"),
     (["--eval", "accuracy", "--labels", "a", "b"], "2 --labels for 1"),
 ])
 def test_bad_flags_are_one_line_and_cost_no_record(run, tmp_path, call, flags, words, monkeypatch):
@@ -245,7 +245,8 @@ def test_bad_flags_are_one_line_and_cost_no_record(run, tmp_path, call, flags, w
         zeros = Images(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2).long())
         monkeypatch.setattr(subject, "load_splits", lambda *a, **k: (zeros, zeros, zeros))
     (tmp_path / "empty").mkdir()
-    flags = [word.replace("EMPTY", str(tmp_path / "empty")) for word in flags]
+    for name in ("empty", "absent"):
+        flags = [word.replace(name.upper(), str(tmp_path / name)) for word in flags]
     out = tmp_path / "out.jsonl"
     out.write_text(json.dumps({"metric": "earlier"}) + "\n")
     code, text, err = call(eval_jempp.main, ["--load_path", run / "joint" / "best.pt", "--results",

@@ -139,7 +139,7 @@ def test_nan_is_seen_before_it_is_saved(tmp_path, call, monkeypatch, poison):
 
 @pytest.mark.parametrize("flags, words", [
     (["--dataset", "mnist"], "choose from cifar10"),
-    (["--dataset", "cifar10", "--data_root", "/nonexistent", "--no-download"], "no data folder"),
+    (["--dataset", "cifar10", "--data_root", "ABSENT", "--no-download"], "no data folder"),
     (["--depth", "27"], "6n + 4"),
     (["--batch_size", "5000"], "larger than"),
     (["--reinit_freq", "-0.1"], "reinit_freq"),
@@ -155,6 +155,7 @@ def test_nan_is_seen_before_it_is_saved(tmp_path, call, monkeypatch, poison):
     (["--run_dir", str(ROOT / "README.md")], "is a file"),
 ])
 def test_bad_input_is_one_line_and_code_2(tmp_path, call, flags, words):
+    flags = [word.replace("ABSENT", str(tmp_path / "absent")) for word in flags]
     code, out, err = call(train_jempp.main, tiny(tmp_path / "run", *flags))
     last = err.strip().splitlines()[-1]
     assert code == 2 and words in last and "Traceback" not in err
