@@ -16,6 +16,8 @@ from pathlib import Path
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox would insist on a git binary
 
+from models import network_name
+from samplers import sampler_name
 from utils import cli, distributed, machine, plots, program
 from utils.evaluation import ood
 from utils.evaluation.evaluations import EVALUATIONS, skip
@@ -60,8 +62,9 @@ def training_of(opened):
     """How the checkpoint was trained, for the record; None for a released file."""
     if opened.args is None:
         return None
-    trained = {name: opened.args.get(name) for name in records.TRAINING}
-    return trained | {"step": opened.step}
+    args = opened.args
+    return records.training_of(args, opened.step, sampler_name(argparse.Namespace(**args)),
+                               network_name(args["depth"], args["width"]))
 
 
 def label_of(path):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from models import energy, frozen
+from models import energy, frozen, network_name
 from samplers import make_sampler, sampler_name, to_pixels
 from utils import cli, distributed, machine, program
 from utils.distributed import accumulating
@@ -319,7 +319,7 @@ def run(args, run_dir, setup):
     if distributed.rank() == 0:
         records.write_json(run_dir / "args.json", vars(args))
     header = {"args": vars(args), "env": records.environment(data.device),
-              "sampler": sampler_name(args), "network": f"WRN-{args.depth}-{args.width}",
+              "sampler": sampler_name(args), "network": network_name(args.depth, args.width),
               "steps_per_epoch": data.steps_per_epoch, "n_train": len(data.images.y),
               "n_valid": len(setup.valid.y), "n_test": len(setup.test.y),
               "parameters": sum(p.numel() for p in state.model.parameters()),

@@ -45,9 +45,7 @@ from utils.training.build import (
 )
 
 SWITCHES = ("compile", "amp", "tf32", "cudnn_benchmark", "channels_last")
-JEM_FLAGS = ["--norm", "none", "--init", "uniform", "--optimizer", "adam", "--in_steps", "0",
-             "--sgld_lr", "1", "--sgld_std", "0.01", "--n_steps", "20", "--eps", "inf",
-             "--no-pixel_clamp", "--sample_mode", "eval"]
+JEM_FLAGS = Path(__file__).with_name("jem.flags").read_text(encoding="utf-8").split()
 # Flags that have to stay: operations are counted for the first, the literal side is the second.
 COUNTED = {"p_x_weight": 1.0, "p_y_given_x_weight": 1.0, "p_x_y_weight": 0.0, "accumulate": 1,
            "adversarial": "none", "sam": 0.0}

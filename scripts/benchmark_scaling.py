@@ -18,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from models import network_name  # noqa: E402
+from samplers import sampler_name  # noqa: E402
 from utils import (  # noqa: E402
     cli,
     flags,  # noqa: E402
@@ -79,7 +81,8 @@ def main(argv=None):
                          "parts": parts, "ratio": value / first, "turns": speeds[row],
                          "command": f"benchmark_scaling.py {' '.join(words)}"},
             "method": row, "dataset": args.dataset, "seed": args.seed,
-            "training": {k: getattr(args, k) for k in records.TRAINING} | {"step": None},
+            "training": records.training_of(
+                vars(args), None, sampler_name(args), network_name(args.depth, args.width)),
             "env": env, "time": records.now()})
         print(f"{row:8s} processes x threads {value:9.1f} images/s   ratio {value / first:.2f}")
     return program.EXIT_OK

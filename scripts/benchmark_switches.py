@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
+from models import network_name  # noqa: E402
+from samplers import sampler_name  # noqa: E402
 from scripts.benchmark import SWITCHES, TURN, milliseconds, our_iteration  # noqa: E402
 from utils import (  # noqa: E402
     cli,
@@ -78,7 +80,8 @@ def main(argv=None):
                          "threads": torch.get_num_threads(), "image_size": args.image_size}
             | {name: getattr(args, name) for name in SWITCHES},
             "method": row, "dataset": args.dataset, "seed": args.seed,
-            "training": {k: getattr(args, k) for k in records.TRAINING} | {"step": None},
+            "training": records.training_of(
+                vars(args), None, sampler_name(args), network_name(args.depth, args.width)),
             "env": env, "time": records.now()})
         print(f"{row:46s} {value:9.1f} ms   x {value / first:.2f}")
     return program.EXIT_OK

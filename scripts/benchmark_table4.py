@@ -13,6 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from models import network_name  # noqa: E402
+from samplers import sampler_name  # noqa: E402
 from scripts.benchmark import JEM_FLAGS, SWITCHES, TURN, milliseconds, our_iteration  # noqa: E402
 from utils import (  # noqa: E402
     cli,
@@ -60,8 +62,10 @@ def main(argv=None):
                          "image_size": args.image_size}
             | {name: getattr(args, name) for name in SWITCHES},
             "checkpoint": None, "overrides": {}, "method": row, "dataset": args.dataset,
-            "seed": args.seed, "training": {k: getattr(args, k) for k in records.TRAINING}
-            | {"step": None}, "env": env, "seconds": None, "time": records.now()})
+            "seed": args.seed,
+            "training": records.training_of(
+                vars(args), None, sampler_name(args), network_name(args.depth, args.width)),
+            "env": env, "seconds": None, "time": records.now()})
         ratio = statistics.median(times["JEM"]) / value
         print(f"{row:18s} {value:9.1f} ms   JEM / this {ratio:.2f}")
     return program.EXIT_OK

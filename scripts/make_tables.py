@@ -2,17 +2,17 @@
 """Print the paper's tables as Markdown, paper | ours | Δ, from the records in results/.
 
     python scripts/make_tables.py              # on the terminal
-    python scripts/make_tables.py --readme     # between the markers in README.md
-    python scripts/make_tables.py --check      # exit code 1 where README.md is out of date
+    python scripts/make_tables.py --write      # between the markers in results/README.md
+    python scripts/make_tables.py --check      # exit code 1 where results/README.md is out of date
 
 No number stands in this file: the paper's are in results/paper.jsonl, ours in results/TABLE.jsonl.
-Ours is the mean over training seeds ± sample standard deviation, – where nothing was measured, and
-carries † where its protocol is smaller than the paper's (the lines "protocol" of paper.jsonl), with
-a footnote made from the records. How cells come from records is in scripts/tables/cells.py.
+Ours is the mean over training seeds ± sample standard deviation, or – where nothing was measured.
+It carries † where the run was not the paper's (scripts/tables/protocol.py) or less was measured
+(the lines "protocol" of paper.jsonl), with a footnote made from the records. How cells come from
+records is in scripts/tables/cells.py; tables of our numbers alone are in scripts/tables/ours.py.
 """
 
 import re
-import statistics
 import sys
 from pathlib import Path
 
@@ -21,9 +21,11 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.tables import sources  # noqa: E402
 from scripts.tables.cells import NOTHING, OURS_ALONE, PAPER_ALONE, cell_of, delta  # noqa: E402
+from scripts.tables.ours import compared, markdown_row, published  # noqa: E402
 from utils import flags, program  # noqa: E402
 from utils.files import records  # noqa: E402
 
+PAGE = ROOT / "results" / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 TITLES = {
     "table2": "Table 2. Hybrid models on CIFAR-10",
@@ -35,6 +37,7 @@ TITLES = {
     "ece": "Calibration (Section C.2). Expected calibration error (%), 20 bins",
 }
 MODELS = "Models to load (results/models)"
+DIGITS = "The rows of Tables 2 and 5 on digits, three seeds"
 OURS = {
     "options": "Options past the paper, one at a time (JEM++, M = 5)",
     "precision": "bfloat16 against float32",
@@ -52,10 +55,6 @@ NEEDS = {  # what has to be brought along, by column or data set
     "svhn": "SVHN needs train_32x32.mat and test_32x32.mat in `--data_root`",
     "celeba": "CelebA is never downloaded: put its aligned images under celeba/ in `--data_root`",
 }
-
-
-def markdown_row(cells):
-    return f"| {' | '.join(cells)} |"
 
 
 def header(columns):
@@ -95,10 +94,13 @@ def footnotes(rows):
             if cell.footnote:
                 names, extras = notes.setdefault(cell.footnote, ({}, {}))
                 names[row] = None
-                extras |= dict.fromkeys(cell.extras)
+                for extra in cell.extras:
+                    extras.setdefault(extra, {})[row] = None
     for words, (names, extras) in notes.items():
         about = ", ".join(names) if names.keys() < rows.keys() else "all rows"
-        yield f"† {about}: {'; '.join([words, *extras])}"
+        words = [words, *(extra if of.keys() == names.keys() else f"{', '.join(of)}: {extra}"
+                          for extra, of in extras.items())]
+        yield f"† {about}: {'; '.join(words)}"
 
 
 def not_measured(table, rows):
@@ -156,83 +158,11 @@ def hyper_parameters(title, numbers):
     return "\n".join(lines)
 
 
-def compared(title, own_records, script):
-    """A table of ours alone: each method's mean over seeds ± standard deviation, and how many."""
-    shown = {"accuracy": ("accuracy %", 100), "ece": ("ECE %", 100), "energy_gap": ("gap", 1)}
-    values, lost, about = {}, set(), {}
-    for r in own_records:
-        run = r["method"], sources.seed_of(r)
-        if r["metric"] == "diverged":
-            lost.add(run)
-        if r["metric"] in shown and r["protocol"].get("split", "test") == "test":
-            values.setdefault(run[0], {}).setdefault(r["metric"], {})[run[1]] = r["value"]
-            t, env = r["training"], r["env"]
-            n_train = f"{t['n_train']:,} images" if t["n_train"] else "all images"
-            about[f"WRN-{t['depth']}-{t['width']}, M={t['n_steps']}, {t['n_epochs']} epochs of "
-                  f"{n_train} of {t['dataset']}, batch {t['batch_size']}, {env['device']} "
-                  f"({env['cpu']}), commit {str(env['commit'])[:7]}"] = None
-    head = ["", *(words for words, _ in shown.values()), "seeds"]
-    lines = [f"### {title}", "", markdown_row(head), markdown_row(["---"] + ["---:"] * 4)]
-    for method, by_metric in values.items():
-        cells = []
-        for metric, (_, factor) in shown.items():
-            x = [factor * v for seed, v in by_metric.get(metric, {}).items()
-                 if (method, seed) not in lost]
-            spread = f" ± {statistics.stdev(x):.2f}" if len(x) > 1 else ""
-            cells.append(f"{statistics.mean(x):.2f}{spread}†" if x else NOTHING)
-        seeds = {seed for by_seed in by_metric.values() for seed in by_seed}
-        n_lost = sum((method, seed) in lost for seed in seeds)
-        diverged = f", {n_lost} diverged and not counted" * bool(n_lost)
-        lines.append(markdown_row([f"`{method}`", *cells, f"{len(seeds)}{diverged}"]))
-    return "\n".join([*lines, "", f"† {'; '.join(about)}; `bash scripts/{script}.sh`."])
-
-
-PUBLISHED = {  # column: (metric, what its protocol says, factor, the paper's number for M = 5)
-    "accuracy %": ("accuracy", {"split": "test"}, 100, ("table2", "accuracy", {})),
-    "ECE %": ("ece", {"split": "test"}, 100, None),
-    "AUROC log p(x), CIFAR-100": ("auroc", {"score": "log_p_x", "out": "cifar100"}, 1,
-                                  ("table7", "auroc", {"score": "log_p_x", "out": "cifar100"})),
-    "interp": ("auroc", {"score": "log_p_x", "out": "interp"}, 1,
-               ("table7", "auroc", {"score": "log_p_x", "out": "interp"})),
-    "L∞ 2/255 %": ("robust_accuracy", {"attack": "margin", "norm": "linf", "eps_255": 2.0}, 100,
-                   None),
-    "L∞ 8/255 %": ("robust_accuracy", {"attack": "margin", "norm": "linf", "eps_255": 8.0}, 100,
-                   None),
-}
-
-
-def published(title, folder, numbers):
-    """The models of results/models beside the paper's M = 5, by the records next to their files."""
-    def find(lines, wanted):
-        return next((r for r in lines if all(r.get(k, r.get("protocol", {}).get(k)) == v
-                                             for k, v in wanted.items())), None)
-
-    lines = [f"### {title}", "", markdown_row(["model", *PUBLISHED]),
-             markdown_row(["---"] + ["---:"] * len(PUBLISHED))]
-    words = ["paper, JEM++ (M=5)"]
-    for _, _, _, paper in PUBLISHED.values():
-        found = paper and find(numbers, {"row": "JEM++ (M=5)", "dataset": "cifar10",
-                                         "table": paper[0], "column": paper[1]} | paper[2])
-        words.append(found["printed"] if found else NOTHING)
-    lines.append(markdown_row(words))
-    for path in sorted(folder.glob("models/*/*.jsonl")):
-        of_model, words = records.read_jsonl(path), []
-        for metric, protocol, factor, _ in PUBLISHED.values():
-            r = find(of_model, {"metric": metric} | protocol)
-            words.append(f"{factor * r['value']:.{2 if factor == 1 else 1}f}†" if r else NOTHING)
-        model = path.parent.name
-        link = f"[{model}](results/models/{model}/README.md)"
-        lines.append(markdown_row([link if path.stem == "records" else f"{link}, {path.stem}",
-                                   *words]))
-    return "\n".join([*lines, "", "† far smaller than the paper's protocol: each model's page says "
-                      "how it was trained, and n of each number."])
-
-
 def all_tables(folder):
     """{title: Markdown} of every table, in the paper's order; Table 7 is one for each score. Ours
     alone, where there are records, come last."""
     numbers, full_scale = sources.read_paper(folder, ROOT / "results")
-    results = {table: sources.read_results(folder / f"{table}.jsonl", full_scale)
+    results = {table: sources.by_time(sources.read_results(folder / f"{table}.jsonl", full_scale))
                for table in TITLES}
     texts = {}
     for table, title in TITLES.items():
@@ -247,14 +177,18 @@ def all_tables(folder):
     if any(folder.glob("models/*/records.jsonl")):
         texts[MODELS] = published(MODELS, folder, numbers)
     for table, title in OURS.items():
-        own = records.read_jsonl(folder / f"{table}.jsonl")
+        own = sources.read_results(folder / f"{table}.jsonl", full_scale)
         if own:
             texts[title] = compared(title, own, table)
+    digits = [r for path in sorted(folder.glob("digits/*.jsonl"))
+              for r in sources.read_results(path, full_scale)]
+    if digits:
+        texts[DIGITS] = compared(DIGITS, digits, "digits")
     return texts
 
 
-def split_readme(path):
-    """(before, between, after) the two markers of a README."""
+def split_file(path):
+    """(before, between, after) the two markers of a file."""
     text = path.read_text(encoding="utf-8")
     parts = re.split(f"{re.escape(BEGIN)}|{re.escape(END)}", text)
     if len(parts) != 3 or not text.index(BEGIN) < text.index(END):
@@ -264,7 +198,7 @@ def split_readme(path):
 
 
 def disagreements(between, texts):
-    """Titles of the tables that a README does not hold as they are now."""
+    """Titles of the tables that a file does not hold as they are now."""
     held = {part.splitlines()[0]: f"### {part}".strip()
             for part in re.split("^### ", between, flags=re.M)[1:]}
     wrong = [title for title in {**texts, **held} if texts.get(title) != held.get(title)]
@@ -276,29 +210,29 @@ def main(argv=None):
     p.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR",
                    help="folder of the records; without a paper.jsonl there, results/ has it")
     p.add_argument("--print", action="store_true", help="to the terminal (without other words)")
-    p.add_argument("--readme", type=Path, nargs="?", const=ROOT / "README.md", metavar="FILE",
-                   help=f"write the tables between {BEGIN} and {END} of FILE (README.md)")
+    p.add_argument("--write", type=Path, nargs="?", const=PAGE, metavar="FILE",
+                   help=f"write the tables between {BEGIN} and {END} of FILE (results/README.md)")
     p.add_argument("--check", action="store_true",
-                   help="write nothing; exit code 1 if --readme and the records disagree")
+                   help="write nothing; exit code 1 if that file and the records disagree")
     args = p.parse_args(argv)
     if not args.results.is_dir():
         raise program.InputError(f"--results {args.results} is no folder")
     texts = all_tables(args.results)
-    if args.print or not (args.readme or args.check):
+    if args.print or not (args.write or args.check):
         print("\n\n".join(texts.values()))
-    if not (args.readme or args.check):
+    if not (args.write or args.check):
         return program.EXIT_OK
-    readme = args.readme or ROOT / "README.md"
-    before, between, after = split_readme(readme)
+    file = args.write or PAGE
+    before, between, after = split_file(file)
     if args.check:
         wrong = disagreements(between, texts)
         if wrong:
-            print(f"{readme} and {args.results} disagree ({'; '.join(wrong)}): run "
-                  "python scripts/make_tables.py --readme", file=sys.stderr)
+            print(f"{file} and {args.results} disagree ({'; '.join(wrong)}): run "
+                  "python scripts/make_tables.py --write", file=sys.stderr)
         return int(bool(wrong))
-    with records.replacing(readme) as file:
-        file.write("".join([before, BEGIN, "\n\n", "\n\n".join(texts.values()), "\n\n", END,
-                            after]).encode())
+    with records.replacing(file) as out:
+        out.write("".join([before, BEGIN, "\n\n", "\n\n".join(texts.values()), "\n\n", END,
+                           after]).encode())
     return program.EXIT_OK
 
 

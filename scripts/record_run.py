@@ -28,7 +28,8 @@ def main(argv=None):
     end, trained = log[-1], header["args"]
     common = {
         "method": args.method, "dataset": trained["dataset"], "seed": trained["seed"],
-        "training": {name: trained[name] for name in records.TRAINING} | {"step": end["step"]},
+        "training": records.training_of(trained, end["step"], header.get("sampler"),
+                                        header.get("network")),
         "checkpoint": None, "overrides": {}, "env": header["env"], "seconds": None,
         "time": end["time"]}
     records.append_jsonl(args.results, {

@@ -3,14 +3,16 @@
 import statistics
 from typing import NamedTuple
 
-from scripts.tables.sources import measures, of_row, seed_of, settings
+from scripts.tables.protocol import papers_training
+from scripts.tables.sources import measures, of_row, seed_of, timed
 
 NOTHING = "–"
 OURS_ALONE, PAPER_ALONE = ("fd_features", "iteration_ms"), ("minutes_per_epoch",)
 NOT_APPLICABLE = ("", "N/A")  # where the paper prints this, there is nothing to measure
 FORMAT = {"accuracy": (100, 1), "ece": (100, 2), "is_mean": (1, 2), "fid": (1, 1),  # scale, digits
           "fd_features": (1, 2), "auroc": (1, 2), "speedup": (1, 2), "iteration_ms": (1, 0)}
-IN_EVERY_FOOTNOTE = ("depth", "width", "n_epochs", "n_train", "step", "batch_size")
+IN_EVERY_FOOTNOTE = ("network", "depth", "width", "n_epochs", "n_train", "step", "batch_size")
+AT_LEAST = ("n_epochs",)  # of the training arguments; all others have to be the paper's
 
 
 class Cell(NamedTuple):
@@ -53,8 +55,16 @@ def metric_cell(number, records, full_scale):
         words.append(divergence(number, lost, latest, len(seeds)))
     if not words:
         return Cell(NOTHING)
+    if n := sum(rollbacks(records).values()):
+        words.append(f"{n} rollback{'s' * (n > 1)}")
     return Cell("; ".join(words), statistics.fmean(values) if kept else None,
                 *provenance(number, [*kept, *lost.values()], full_scale))
+
+
+def rollbacks(records):
+    """{seed: how often its run went back to an earlier state}, as far as records tell."""
+    return {seed_of(r): r["protocol"].get("rollbacks", 0) for r in records
+            if r["metric"] == "steps"}
 
 
 def divergence(number, lost, latest, n_seeds):
@@ -72,12 +82,12 @@ def divergence(number, lost, latest, n_seeds):
 def time_cell(number, timings, full_scale):
     """Speed-up or ms an iteration, of the latest run that timed this sampler and its reference."""
     for record in reversed(timings):
-        s = settings(record)
+        s = timed(record)
         if record["dataset"] != number["dataset"] or any(
                 s[key] != number.get(key) for key in ("n_steps", "in_steps")):
             continue
         reference = [r["value"] for r in timings if r["method"] == s["reference"]
-                     and settings(r)["run"] == s["run"]]
+                     and timed(r)["run"] == s["run"]]
         if reference:
             value = record["value"]
             value = reference[-1] / value if number["column"] == "speedup" else value
@@ -94,8 +104,19 @@ def delta(number, cell):
 
 def shortfalls(number, record, full_scale):
     """{setting: (found, the paper's)} where a record falls short of the paper's protocol; what a
-    record of others does not say is not held against it."""
-    found, short = settings(record), {}
+    record does not say is not held against it."""
+    if record["metric"] == "iteration_ms":
+        return fewer(timed(record), papers_training(number["row"], number["dataset"]),
+                     ("depth", "width", "batch_size"))
+    trained = record["training"] or {}
+    wanted = papers_training(number["row"], number["dataset"])
+    short = fewer(trained, wanted, wanted)
+    for name in ("global_batch_size", "labelled_batch"):
+        if trained.get(name) == trained.get("batch_size"):  # the batch size in other words
+            short.pop(name, None)
+    found = {"n_train": trained.get("n_train")}
+    if record["metric"] != "diverged":
+        found |= record["protocol"] | {"n": record["n"]}
     about = {"row": number["row"], "dataset": number["dataset"], "out": number.get("out"),
              "of": number["column"]}
     for line in full_scale:
@@ -104,14 +125,22 @@ def shortfalls(number, record, full_scale):
         if applies and have is not None and (
                 have < wanted if line["compare"] == "at least" else have != wanted):
             short[line["column"]] = have, wanted
-    if "step" in found and found["step"] < all_steps(found):
-        short["step"] = found["step"], all_steps(found)
+    if trained and record["metric"] != "diverged" and trained["step"] < all_steps(trained):
+        short["step"] = trained["step"], all_steps(trained)
     return short
+
+
+def fewer(found, wanted, names):
+    """{name: (found, wanted)} where the two differ, or, AT_LEAST, fall short."""
+    return {name: (found[name], wanted[name]) for name in names
+            if name in found and (found[name] < wanted[name] if name in AT_LEAST
+                                  else found[name] != wanted[name])}
 
 
 def all_steps(s):
     """Steps of a whole training: epochs without their last, partial batch (0: not known)."""
-    return s["n_epochs"] * ((s["n_train"] or 0) // s["batch_size"])
+    batch = s.get("labelled_batch", s["batch_size"])
+    return s["n_epochs"] * ((s["n_train"] or 0) // batch)
 
 
 def provenance(number, used, full_scale):
@@ -120,7 +149,7 @@ def provenance(number, used, full_scale):
     for record in used:
         short |= shortfalls(number, record, full_scale)
     where = f" of {number['out']}" if "out" in number else ""
-    extras = [f"{name + where * (name == 'n_out')} {listed([have])} (paper {listed([wanted])})"
+    extras = [f"{name + where * (name == 'n_out')} {word(have)} (paper {word(wanted)})"
               for name, (have, wanted) in short.items() if name not in IN_EVERY_FOOTNOTE]
     judges = [str(r["protocol"].get("features_sha256"))[:8] for r in used
               if r["metric"] == "fd_features"]
@@ -129,6 +158,15 @@ def provenance(number, used, full_scale):
                       f"classifier {listed(judges)}")
     foreign = any(r["metric"] != "iteration_ms" and seed_of(r) is None for r in used)
     return (described(used), tuple(extras)) if short or extras or foreign else (None, ())
+
+
+def word(value):
+    """5000 -> "5,000"; True -> "on"; [25, 50] -> "25 50"."""
+    if isinstance(value, list):
+        return " ".join(map(word, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "on", False: "off"}[value]
+    return value if isinstance(value, str) else f"{value:,}"
 
 
 def listed(values):
@@ -141,29 +179,33 @@ def listed(values):
     return ", ".join(f"{v:,}" for v in values)
 
 
-def described(used):
-    """Network, training, seeds, machine and commit of records trained with the same settings."""
-    s = settings(used[-1])
-    if "seed" in s:
-        words = training_words(s, used)
-    elif "depth" in s:
+def described(used, whole=True):
+    """Network, training, seeds, machine and commit of records trained with the same settings.
+    ``whole``: where the last steps are missing, say how many there would be."""
+    last = used[-1]
+    if last["metric"] == "iteration_ms":
+        s = timed(last)
         words = [f"one iteration of WRN-{s['depth']}-{s['width']}", f"batch {s['batch_size']}"]
-    else:
+    elif last["training"] is None:
         hashes = listed([str(r["checkpoint"]["sha256"])[:8] for r in used])
         words = [f"weights trained by others (sha256 {hashes})"]
+    else:
+        words = training_words(last["training"], used, whole)
     return ", ".join(dict.fromkeys([*words, *map(machine, used), *map(commit, used)]))
 
 
-def training_words(s, used):
+def training_words(s, used, whole):
     """["WRN-10-1", "3 epochs of 4,800 images (450 steps)", "batch 32", "seeds 1–3"]"""
     images = f"{s['n_train']:,}" if s["n_train"] else "all"
-    steps = listed([settings(r)["step"] for r in used if "step" in settings(r)])
-    whole = f"{all_steps(s):,}"
-    of_all = f" of {whole}" if steps != whole and all_steps(s) else ""
-    return [f"WRN-{s['depth']}-{s['width']}",
+    ended = [r["training"] for r in used if r["metric"] != "diverged"]  # others tell their step
+    steps = listed([t["step"] for t in ended])
+    missing = [all_steps(t) for t in ended if t["step"] < all_steps(t)]
+    of_all = f" of {listed(missing)}" if missing and whole else ""
+    seeds = listed([r["training"]["seed"] for r in used])
+    return [s.get("network", f"WRN-{s['depth']}-{s['width']}"),
             f"{s['n_epochs']} epoch{'s' * (s['n_epochs'] > 1)} of {images} images"
             + f" ({steps}{of_all} steps)" * bool(steps), f"batch {s['batch_size']}",
-            f"seed{'s' * (len(used) > 1)} {listed([s['seed'] for s in map(settings, used)])}"]
+            f"seed{'s' * ('–' in seeds or ',' in seeds)} {seeds}"]
 
 
 def machine(record):

@@ -10,7 +10,7 @@ scripts/benchmark_table4.py (``iteration_ms``) write it.
 import json
 import math
 
-from utils.files.records import TRAINING
+from scripts.tables.protocol import FREE
 from utils.program import InputError
 
 NUMBER = ("table", "row", "column", "dataset", "value", "unit", "printed")
@@ -18,6 +18,10 @@ FULL_SCALE = ("column", "value", "compare")
 RECORD = ("metric", "value", "method", "dataset", "protocol", "env", "time")
 TIMING = ("run", "reference", "n_steps", "in_steps", "depth", "width", "batch_size")
 ENV = ("device", "cpu", "commit")
+# What every record says of its training. The first ones say no more; training_of in
+# utils/files/records.py makes what later ones say.
+TRAINING = ("dataset", "depth", "width", "norm", "batch_size", "n_epochs", "n_train", "n_steps",
+            "in_steps", "optimizer", "lr", "init", "seed")
 SHOWN = ("accuracy", "ece", "auroc", "is_mean", "fid", "fd_features", "iteration_ms", "diverged")
 
 
@@ -61,7 +65,7 @@ def complain_of_record(record):
     if wrong:
         return wrong
     if timing:
-        return lacking(settings(record), TIMING, "protocol") or (
+        return lacking(timed(record), TIMING, "protocol") or (
             f"{value} ms is no time" if value <= 0 else None)
     if "training" not in record:
         return "the record lacks training"
@@ -85,15 +89,20 @@ def read_paper(folder, default):
 
 
 def read_results(path, full_scale):
-    """Measured records, oldest first; of one second, in the file's order. A training on all images
-    is given their number, the full scale's."""
+    """Measured records in the file's order. A training on all images is given their number, the
+    full scale's."""
     found = read_lines(path, complain_of_record)
     for training in (r["training"] for r in found if r.get("training")):
         whole = [line["value"] for line in full_scale if line["column"] == "n_train"
                  and training["dataset"] in line["dataset"]]
         if training["n_train"] is None and whole:
             training["n_train"] = whole[0]
-    return sorted(found, key=lambda r: r["time"])
+    return found
+
+
+def by_time(records):
+    """Oldest first; of one second, as they stand."""
+    return sorted(records, key=lambda r: r["time"])
 
 
 def left_out(numbers, records):
@@ -122,14 +131,10 @@ def seed_of(record):
     return (record["training"] or {}).get("seed")
 
 
-def settings(record):
-    """All that a record's value depends on, flat; of a diverged run what it was trained with."""
-    both = {**(record.get("training") or {}), **record["protocol"], "n": record.get("n")}
-    if record["metric"] == "iteration_ms":
-        return {key: both[key] for key in TIMING if key in both}
-    if record["metric"] == "diverged":
-        return {key: both[key] for key in TRAINING if key in both}
-    return both
+def timed(record):
+    """What a time depends on, flat; records of others may say it in their protocol alone."""
+    both = {**(record.get("training") or {}), **record["protocol"]}
+    return {key: both[key] for key in TIMING if key in both}
 
 
 def trained(row, dataset, records):
@@ -139,17 +144,19 @@ def trained(row, dataset, records):
 
 
 def of_row(row, dataset, records):
-    """A row's records, of those trained with the settings of the latest (seeds may differ). Their
-    training step is the furthest that any record of the seed tells of: best.pt is from before."""
-    def trained_with(record):
-        training = record["training"] or {}
-        return {k: v for k, v in training.items() if k not in ("seed", "step")}
-
-    own = trained(row, dataset, records)
-    own = [r for r in own if trained_with(r) == trained_with(own[-1])]
+    """A row's records, of those trained as the latest one was. An argument that a record does not
+    tell is not compared, and what protocol.FREE names may differ. Their training step is the
+    furthest that any record of the seed tells of: best.pt is from before."""
+    own, known = [], {}
+    for r in reversed(trained(row, dataset, records)):
+        told = {k: v for k, v in (r["training"] or {}).items() if k not in FREE}
+        others = own and bool(told) != bool(known)  # one of us, the other weights of others
+        if not others and all(known.get(k, v) == v for k, v in told.items()):
+            own.insert(0, r)
+            known |= told
     end = {}
     for r in own:
-        end[seed_of(r)] = max(end.get(seed_of(r), 0), (r["training"] or {}).get("step", 0))
+        end[seed_of(r)] = max(end.get(seed_of(r), 0), (r["training"] or {}).get("step") or 0)
     return [r if r["training"] is None else
             r | {"training": r["training"] | {"step": end[seed_of(r)]}} for r in own]
 

@@ -13,9 +13,15 @@ from pathlib import Path
 from utils.files.regular import read_bytes, regular
 from utils.program import InputError
 
-# The training arguments that a record of a measured number repeats.
-TRAINING = ("dataset", "depth", "width", "norm", "batch_size", "n_epochs", "n_train", "n_steps",
-            "in_steps", "optimizer", "lr", "init", "seed")
+# Training arguments that a record leaves aside: those of the machine, of how far a run goes, and of
+# how often it tells or saves something.
+ASIDE = {"run_dir", "data_root", "download", "device", "num_threads", "deterministic",
+         "channels_last", "compile", "fast", "cudnn_benchmark", "dist_timeout", "dry_run",
+         "max_steps", "max_minutes", "ckpt_steps", "print_every", "keep_every"}
+# What counts as divergence and what follows it: recorded, but runs that differ in these alone are
+# runs of one method.
+GUARD = {"on_divergence", "max_rollbacks", "rollback_lr_factor", "max_loss", "max_gap",
+         "good_after", "check_every"}
 
 
 @contextmanager
@@ -132,6 +138,14 @@ def jsonable(value):
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+def training_of(args, step, sampler=None, network=None):
+    """What a record says of the run that its number comes from: the resolved arguments (a dict) but
+    those left ASIDE, the names of ``sampler`` and ``network`` where known, and the step."""
+    kept = {name: value for name, value in jsonable(args).items() if name not in ASIDE}
+    names = {"sampler": sampler, "network": network}
+    return kept | {k: v for k, v in names.items() if v is not None} | {"step": step}
 
 
 def git_state():

@@ -1,0 +1,84 @@
+"""Tables of our numbers alone: variants beside each other over seeds, and the published models."""
+
+import statistics
+
+from scripts.tables import sources
+from scripts.tables.cells import NOTHING, described, rollbacks
+from utils.files import records
+
+COMPARED = {"accuracy": ("accuracy %", 100), "ece": ("ECE %", 100), "energy_gap": ("gap", 1),
+            "fd_features": ("fd_features", 1)}  # metric: (head, scale)
+PUBLISHED = {  # column: (metric, what its protocol says, factor, the paper's number for M = 5)
+    "accuracy %": ("accuracy", {"split": "test"}, 100, ("table2", "accuracy", {})),
+    "ECE %": ("ece", {"split": "test"}, 100, None),
+    "AUROC log p(x), CIFAR-100": ("auroc", {"score": "log_p_x", "out": "cifar100"}, 1,
+                                  ("table7", "auroc", {"score": "log_p_x", "out": "cifar100"})),
+    "interp": ("auroc", {"score": "log_p_x", "out": "interp"}, 1,
+               ("table7", "auroc", {"score": "log_p_x", "out": "interp"})),
+    "L∞ 2/255 %": ("robust_accuracy", {"attack": "margin", "norm": "linf", "eps_255": 2.0}, 100,
+                   None),
+    "L∞ 8/255 %": ("robust_accuracy", {"attack": "margin", "norm": "linf", "eps_255": 8.0}, 100,
+                   None),
+}
+
+
+def markdown_row(cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def compared(title, own_records, script):
+    """A table of methods, each trained in one way with several seeds: means ± standard deviation
+    over the seeds that did not diverge, and how many did or went back to an earlier state."""
+    metrics = [m for m in COMPARED if any(r["metric"] == m for r in own_records)]
+    head = ["", *(COMPARED[m][0] for m in metrics), "seeds", "diverged", "rollbacks"]
+    lines = [f"### {title}", "", markdown_row(head),
+             markdown_row(["---"] + ["---:"] * (len(head) - 1))]
+    used, datasets, in_time = [], {}, sources.by_time(own_records)
+    for method, dataset in dict.fromkeys((r["method"], r["dataset"]) for r in own_records):
+        of_row = sources.of_row(method, dataset, in_time)
+        lost = {sources.seed_of(r) for r in of_row if r["metric"] == "diverged"}
+        cells = [mean(of_row, metric, lost) for metric in metrics]
+        seeds = {sources.seed_of(r) for r in of_row}
+        counts = len(seeds), len(lost), sum(rollbacks(of_row).values())
+        lines.append(markdown_row([f"`{method}`", *cells, *map(str, counts)]))
+        used += [r for r in of_row if r["metric"] in COMPARED]
+        datasets[dataset] = None
+    about = f"{', '.join(datasets)}: {described(used, whole=False)}" if used else ""
+    return "\n".join([*lines, "", f"† {about}; `bash scripts/{script}.sh`."])
+
+
+def mean(of_row, metric, lost):
+    """The cell of one method and metric; of a seed, the latest record on the test split counts."""
+    latest = {sources.seed_of(r): r["value"] for r in of_row if r["metric"] == metric
+              and r["protocol"].get("split", "test") == "test"}
+    scale = COMPARED[metric][1]
+    x = [scale * value for seed, value in latest.items() if seed not in lost]
+    spread = f" ± {statistics.stdev(x):.2f}" if len(x) > 1 else ""
+    return f"{statistics.mean(x):.2f}{spread}†" if x else NOTHING
+
+
+def published(title, folder, numbers):
+    """The models of results/models beside the paper's M = 5, by the records next to their files."""
+    def find(lines, wanted):
+        return next((r for r in lines if all(r.get(k, r.get("protocol", {}).get(k)) == v
+                                             for k, v in wanted.items())), None)
+
+    lines = [f"### {title}", "", markdown_row(["model", *PUBLISHED]),
+             markdown_row(["---"] + ["---:"] * len(PUBLISHED))]
+    words = ["paper, JEM++ (M=5)"]
+    for _, _, _, paper in PUBLISHED.values():
+        found = paper and find(numbers, {"row": "JEM++ (M=5)", "dataset": "cifar10",
+                                         "table": paper[0], "column": paper[1]} | paper[2])
+        words.append(found["printed"] if found else NOTHING)
+    lines.append(markdown_row(words))
+    for path in sorted(folder.glob("models/*/*.jsonl")):
+        of_model, words = records.read_jsonl(path), []
+        for metric, protocol, factor, _ in PUBLISHED.values():
+            r = find(of_model, {"metric": metric} | protocol)
+            words.append(f"{factor * r['value']:.{2 if factor == 1 else 1}f}†" if r else NOTHING)
+        model = path.parent.name
+        link = f"[{model}](models/{model}/README.md)"
+        lines.append(markdown_row([link if path.stem == "records" else f"{link}, {path.stem}",
+                                   *words]))
+    return "\n".join([*lines, "", "† far smaller than the paper's protocol: each model's page says "
+                      "how it was trained, and n of each number."])

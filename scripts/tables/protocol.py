@@ -1,0 +1,48 @@
+"""What the paper trains in each row: the defaults of train_jempp.py and the flags of the row.
+
+These are the flags of the rows of scripts/table2.sh and its sisters (a test compares them), so that
+a record trained with any other argument gets its †.
+"""
+
+import functools
+from pathlib import Path
+
+from models import network_name
+from utils import cli, flags, program
+from utils.files.records import GUARD, training_of
+
+JEM = (Path(__file__).parent.parent / "jem.flags").read_text(encoding="utf-8").strip()
+ROWS = {
+    **{f"JEM++ (M={m})": f"--n_steps {m}" for m in (5, 10, 20)},
+    **dict.fromkeys(("WRN w/ BN", "Softmax (w/ BN)", "WideResNet", "Standard Softmax"),
+                    "--p_x_weight 0"),
+    "JEM (K=20)": JEM,
+    "IGEBM": f"{JEM} --p_x_weight 0 --p_y_given_x_weight 0 --p_x_y_weight 1",
+    "JEM++": "",
+    "w/o Proximity": "--eps inf",
+    "w/ Adam": "--optimizer adam",
+    "random init (w/ BN)": "--init uniform",
+    "random init (w/o BN)": "--init uniform --norm none --optimizer adam",
+    "informative init (w/o BN)": "--norm none --optimizer adam",
+}
+# Of one method, runs may differ in these; sampler is n_steps and in_steps in other words.
+FREE = GUARD | {"seed", "step", "sampler"}
+
+
+@functools.cache
+def papers_training(row, dataset):
+    """{argument: value} of the paper's run of ``row`` on ``dataset``, as a record has it; without
+    the sampler's where nothing is sampled. The size of the training set is not among them."""
+    args = vars(cli.train_args(["--dataset", dataset, *ROWS.get(row, "").split()]))
+    training = training_of(args, None, network=network_name(args["depth"], args["width"]))
+    aside = FREE | {"dataset", "n_train"}
+    if not args["p_x_weight"] and not args["p_x_y_weight"]:
+        aside = aside | sampler_flags()
+    return {name: value for name, value in training.items() if name not in aside}
+
+
+def sampler_flags():
+    """The names of the sampler's flags, which a softmax network has no use for."""
+    parser = program.parser("")
+    flags.add_sampler(parser)
+    return set(vars(parser.parse_args([])))
