@@ -21,7 +21,7 @@ from utils import (  # noqa: E402
     plots,
     program,
 )
-from utils.data import SPECS, load  # noqa: E402
+from utils.data import load, spec_of  # noqa: E402
 from utils.files import records  # noqa: E402
 from utils.seeding import seed_step  # noqa: E402
 
@@ -29,7 +29,8 @@ from utils.seeding import seed_step  # noqa: E402
 def p0(args):
     """Class centres (left) and nine draws of each class Gaussian; at most 20 classes."""
     images = load(args.dataset, args.data_root, train=True, download=args.download)
-    n_classes = SPECS[args.dataset].n_classes
+    names = spec_of(args.dataset).names
+    n_classes = len(names)
     gaussians = ClassGaussians.fit(images.x, images.y, n_classes)
     shown = min(n_classes, 20)
     y = torch.arange(shown).repeat_interleave(9)
@@ -38,7 +39,7 @@ def p0(args):
     rows = [torch.cat([c[None], d])
             for c, d in zip(gaussians.means()[:shown], draws.split(9), strict=True)]
     plots.save_figure(args.out, plots.image_rows(
-        rows, [str(k) for k in range(shown)],
+        rows, names[:shown],
         f"{args.dataset}: class centres (left) and draws of p0"))
 
 

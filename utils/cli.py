@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 
 from utils import distributed, flags, machine
-from utils.data import SPECS
+from utils.data import spec_of
 from utils.files.records import jsonable, read_json
+from utils.own_images import is_own
 from utils.program import InputError, parser, say
 
 # Flags that only say how far, how often or on what to run. A resumed run may change them.
@@ -15,6 +16,8 @@ FREE = {"max_steps", "max_minutes", "ckpt_steps", "print_every", "keep_every", "
         "compile", "fast", "cudnn_benchmark", "batch_size", "accumulate", "dist_timeout"}
 # Flags that a resumed run may change as long as the rate of every step taken stays what it was.
 SCHEDULE = {"n_epochs", "decay_epochs"}
+# What belongs to a data set.
+DATA = ("image_size", "n_valid", "n_train", "pad", "flip", "class_names")
 # Flags of the machine: of a checkpoint's, an evaluation takes none.
 MACHINE = {"device", "num_threads", "channels_last", "data_root", "download"}
 
@@ -56,12 +59,14 @@ def evaluation_settings(saved, typed, protocol):
              if k not in MACHINE}
     defaults = vars(train_args(["--dataset", typed["dataset"]] if "dataset" in typed else []))
     if "dataset" in typed and typed["dataset"] != saved.get("dataset"):
-        for name in ("image_size", "n_valid", "n_train"):  # those are another data set's
+        for name in DATA:  # those are another data set's
             saved.pop(name, None)
     merged = defaults | saved | typed | vars(protocol)
     for name in ("image_size", "n_valid"):  # typed as such, or not at all
-        if merged[name] is None:
+        if merged[name] is None and not is_own(merged["dataset"]):
             merged[name] = defaults[name]
+    if saved and "class_names" not in saved and "dataset" not in typed:  # an older run's
+        merged["class_names"] = list(spec_of(merged["dataset"]).names)
     if "data_root" not in typed and isinstance(saved_root, str) and Path(saved_root).is_dir():
         merged["data_root"] = saved_root
     check_sampler(argparse.Namespace(**merged))
@@ -75,13 +80,8 @@ def print_json(options):
 
 def resolve(args):
     """Fill in what depends on other flags, and refuse what does not go together."""
-    if args.dataset not in SPECS:
-        raise InputError(f"unknown --dataset {args.dataset}: choose from {', '.join(SPECS)}")
-    spec = SPECS[args.dataset]
-    if args.image_size not in (None, spec.size) and args.dataset != "digits":
-        raise InputError("--image_size is for --dataset digits")
-    args.image_size = args.image_size or spec.size
-    args.n_valid = spec.n_valid if args.n_valid is None else args.n_valid
+    spec = spec_of(args.dataset)
+    resolve_data(args, spec)
     args.lr = args.lr or {"sgd": 0.1, "adam": 1e-4}[args.optimizer]
     args.adv_eps = args.adv_eps or {"linf": 8.0, "l2": 0.5}.get(args.adversarial)
     machine.fill_in_switches(args)
@@ -94,6 +94,19 @@ def resolve(args):
                          f"here, an image for each of {n_parts(args)} parts of a step"
                          f"{' and each class' * (classes > 1)}")
     return args
+
+
+def resolve_data(args, spec):
+    """What the data set decides where it was not typed, and the names of its classes."""
+    args.image_size = spec.image_size(args.image_size)
+    args.n_valid = spec.n_valid if args.n_valid is None else args.n_valid
+    if args.pad is None:
+        args.pad = args.image_size // 8 if spec.pad is None else spec.pad
+    if args.pad >= args.image_size:
+        raise InputError(f"--pad {args.pad}: images of {args.image_size} pixels are mirrored at "
+                         f"their border by at most {args.image_size - 1}")
+    args.flip = spec.flip if args.flip is None else args.flip
+    args.class_names = list(spec.names)
 
 
 def resolve_batches(args):

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
 
 from samplers import to_pixels
-from utils import distributed
+from utils import distributed, own_images
 from utils.program import InputError, Unavailable
 from utils.seeding import generator
 
@@ -27,33 +28,73 @@ DOWNLOAD_TIMEOUT = 30  # seconds without an answer; torchvision itself would wai
 class Spec(NamedTuple):
     """What the paper does with a data set; ``pad`` and ``flip`` are the training augmentation."""
 
-    n_classes: int
+    names: tuple  # of the classes
     size: int
-    pad: int
+    pad: int | None  # None: an eighth of the side
     flip: bool
-    n_valid: int
-    files: str  # what a user has to put under --data_root by hand
+    n_valid: int | None  # None: its own validation split, or else a tenth of the training images
+    files: str = ""  # what a user has to put under --data_root by hand
+    source: str = ""  # its class in torchvision.datasets
+    sizes: tuple = ()  # other sides that its images can have
 
+    @property
+    def n_classes(self):
+        return len(self.names)
+
+    def image_size(self, side):
+        """``side``, or the data set's own for None; InputError where it cannot have it."""
+        if side not in (None, self.size, *self.sizes):
+            raise InputError(f"--image_size {side}: this data set has images of "
+                             f"{', '.join(map(str, sorted({self.size, *self.sizes})))} pixels")
+        return side or self.size
+
+
+def numbers(n):
+    return tuple(str(k) for k in range(n))
+
+
+CIFAR10 = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CLOTHES = ("top", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+           "boot")
+STL10 = ("plane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 
 SPECS = {
-    "cifar10": Spec(10, 32, 4, True, 5000, "cifar-10-batches-py/"),
-    "cifar100": Spec(100, 32, 4, True, 5000, "cifar-100-python/"),
-    "svhn": Spec(10, 32, 4, False, 5000, "train_32x32.mat and test_32x32.mat"),
-    "digits": Spec(10, 16, 2, False, 137, "nothing: it comes with scikit-learn"),
+    "cifar10": Spec(CIFAR10, 32, 4, True, 5000, "cifar-10-batches-py/", "CIFAR10"),
+    "cifar100": Spec(numbers(100), 32, 4, True, 5000, "cifar-100-python/", "CIFAR100"),
+    "svhn": Spec(numbers(10), 32, 4, False, 5000, "train_32x32.mat and test_32x32.mat", "SVHN"),
+    "mnist": Spec(numbers(10), 32, 4, False, 5000, "MNIST/raw/", "MNIST"),
+    "fashion_mnist": Spec(CLOTHES, 32, 4, True, 5000, "FashionMNIST/raw/", "FashionMNIST"),
+    "stl10": Spec(STL10, 32, None, True, 500, "stl10_binary/", "STL10", (96,)),
+    "digits": Spec(numbers(10), 16, 2, False, 137, "nothing: it comes with scikit-learn",
+                   sizes=(32,)),
 }
 
 
+def spec_of(name):
+    """The Spec of a data set: of the table, or of your own images (see own_images.py), whose
+    classes are listed and whose images are not read. InputError for what there is not."""
+    if own_images.is_own(name):
+        return Spec(own_images.class_names(name), 32, None, False, None,
+                    sizes=tuple(range(16, 257, 4)))
+    if name not in SPECS:
+        raise InputError(f"unknown data set {name!r}: choose from {', '.join(SPECS)}, folder:PATH, "
+                         "npz:FILE")
+    return SPECS[name]
+
+
 class Images(NamedTuple):
-    """A split: ``x`` uint8 [N, 3, H, W] and ``y`` int64 [N]."""
+    """A split: ``x`` uint8 [N, 3, H, W], ``y`` int64 [N], and words for the records about how it
+    came to be, which images were left out among them."""
 
     x: torch.Tensor
     y: torch.Tensor
+    about: dict = {}
 
     def take(self, indices):
-        return Images(self.x[indices], self.y[indices])
+        return Images(self.x[indices], self.y[indices], self.about)
 
     def to(self, device):
-        return Images(self.x.to(device), self.y.to(device))
+        return Images(self.x.to(device), self.y.to(device), self.about)
 
     def digest(self):
         """SHA-256 of the pixels and labels: the same data, or not."""
@@ -79,17 +120,17 @@ def digits(train, size):
 
 
 def from_torchvision(name, train, root, download):
-    """CIFAR-10, CIFAR-100 or SVHN (its train or test split) through torchvision's own classes."""
+    """The train or test split of a data set through torchvision's own class for it."""
     import torchvision.datasets as tv
 
-    split = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
-    dataset_class = {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100, "svhn": tv.SVHN}[name]
+    split = "train" if train else "test"
+    words = {"split": split} if name in ("svhn", "stl10") else {"train": train}
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         with distributed.first_goes_ahead():
-            dataset = dataset_class(str(root), download=download and distributed.rank() == 0,
-                                    **split)
+            dataset = getattr(tv, SPECS[name].source)(
+                str(root), download=download and distributed.rank() == 0, **words)
     except (RuntimeError, OSError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "check the network, or put" if download else "drop --no-download to fetch it, or put"
@@ -97,36 +138,56 @@ def from_torchvision(name, train, root, download):
                           f"{SPECS[name].files} there (--data_root) [{reason}]") from error
     finally:
         socket.setdefaulttimeout(before)
-    if name == "svhn":
-        return Images(torch.from_numpy(dataset.data), torch.from_numpy(dataset.labels).long())
-    x = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
-    return Images(x, torch.tensor(dataset.targets))
+    labels = dataset.labels if hasattr(dataset, "labels") else dataset.targets
+    return Images(as_rgb(torch.as_tensor(dataset.data)), torch.as_tensor(labels).long())
+
+
+def as_rgb(x):
+    """Images uint8 [N, 3, H, W] of [N, H, W, 3], of those, or of grey [N, 28, 28], which a black
+    frame makes 32 x 32, as LeNet had them."""
+    if x.dim() == 3:
+        return F.pad(x, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1).contiguous()
+    return x.permute(0, 3, 1, 2).contiguous() if x.shape[-1] == 3 else x
 
 
 def load(name, root, *, train, download=False, size=None):
-    """One split of data set ``name`` as ``Images``; ``size`` only where the data set lets it vary.
+    """One split of data set ``name`` as ``Images``; ``size`` where the data set lets it vary.
 
     Raises InputError, saying what is missing and where it belongs.
     """
-    if name not in SPECS:
-        raise InputError(f"unknown data set {name!r}: choose from {', '.join(SPECS)}")
+    if own_images.is_own(name):
+        return own_splits(name, root, size)["train" if train else "test"]
     if name == "digits":
         return digits(train, size or SPECS[name].size)
-    if size not in (None, SPECS[name].size):
-        raise InputError(f"--image_size is for digits; {name} is {SPECS[name].size}x"
-                         f"{SPECS[name].size}")
+    size = spec_of(name).image_size(size)
     if not download and not Path(root).is_dir():
         raise Unavailable(f"no data folder {os.path.abspath(root)}: name one with --data_root, or "
                           "drop --no-download")
-    return from_torchvision(name, train, root, download)
+    images = from_torchvision(name, train, root, download)
+    if images.x.shape[-1] != size:
+        images = images._replace(x=TF.resize(images.x, [size, size], antialias=True))
+    return images
 
 
-def load_splits(name, root, *, n_valid, n_train=None, download=False, size=None):
-    """(train, validation, test); validation = the first ``n_valid`` of the training images
-    shuffled by a fixed seed, as the released code takes them; train = the ``n_train`` after
-    them, or all."""
-    full = load(name, root, train=True, download=download, size=size)
-    test = load(name, root, train=False, download=download, size=size)
+def own_splits(name, root, size=None):
+    """{"train", "test" and perhaps "valid": Images} of your own images."""
+    splits, about = own_images.load(name, spec_of(name).image_size(size), root)
+    return {split: Images(x, y, about) for split, (x, y) in splits.items()}
+
+
+def load_splits(name, root, *, n_valid=None, n_train=None, download=False, size=None):
+    """(train, validation, test); validation = the data set's own, or the first ``n_valid`` (a tenth
+    of your own images unless you say) of the training images shuffled by a fixed seed, as the
+    released code takes them; train = the ``n_train`` after them, or all."""
+    if own_images.is_own(name):
+        own = own_splits(name, root, size)
+        full, test, valid = own["train"], own["test"], own.get("valid")
+        if valid is not None and n_valid is not None:
+            raise InputError(f"{name} has a validation split of its own: drop --n_valid")
+        n_valid = (0 if valid else len(full.y) // 10) if n_valid is None else n_valid
+    else:
+        full = load(name, root, train=True, download=download, size=size)
+        test, valid = load(name, root, train=False, download=download, size=size), None
     if not 0 <= n_valid < len(full.y):
         raise InputError(f"--n_valid {n_valid} leaves no training image of {len(full.y)}")
     order = list(range(len(full.y)))
@@ -134,7 +195,7 @@ def load_splits(name, root, *, n_valid, n_train=None, download=False, size=None)
     if n_train is not None and n_train > len(order) - n_valid:
         raise InputError(f"--n_train {n_train}: there are {len(order) - n_valid} training images")
     train = order[n_valid:] if n_train is None else order[n_valid:n_valid + n_train]
-    return full.take(train), full.take(order[:n_valid]), test
+    return full.take(train), valid or full.take(order[:n_valid]), test
 
 
 def reflect(index, size):

@@ -55,15 +55,26 @@ def group(p, title, typed_only=False):
 
 def add_data(p, typed_only=False):
     flag = group(p, "data", typed_only)
-    flag("--dataset", default="cifar10", help="cifar10, cifar100, svhn or digits")
+    flag("--dataset", default="cifar10", metavar="NAME",
+         help="cifar10, cifar100, svhn, mnist, fashion_mnist, stl10 or digits, or your own images: "
+              "folder:PATH, with train/CLASS/* and test/CLASS/* (and val/), or CLASS/*; npz:FILE, "
+              "with x_train, y_train, x_test, y_test")
     flag("--data_root", default="data", metavar="DIR", help="where data sets lie")
     flag("--download", action=FLAG, default=True, help="fetch what is missing")
     flag("--n_valid", type=NATURAL, default=None, metavar="n",
-         help="validation images taken from the training split (5000; digits 137)")
+         help="validation images taken from the training split (5000; stl10 500, digits 137, "
+              "own images: val/, or a tenth)")
     flag("--n_train", type=POSITIVE, default=None, metavar="n",
          help="use the first n training images only (small-scale studies)")
-    flag("--image_size", type=int, choices=(16, 32), default=None,
-         help="side of the digits images (16)")
+    flag("--image_size", type=number(int, 16, 256), default=None, metavar="S",
+         help="side of the images: digits 16 or 32, stl10 32 or 96, own images a multiple of 4 up "
+              "to 256 (digits 16, else 32)")
+    flag("--pad", type=number(int, 0, 255), default=None, metavar="n",
+         help="pixels by which training images are shifted at random (4; digits 2, own images and "
+              "stl10 an eighth of the side)")
+    flag("--flip", action=FLAG, default=None,
+         help="mirror training images at random (cifar10, cifar100, fashion_mnist, stl10: yes; "
+              "the others and own images: no, as letters and digits must not be)")
 
 
 def add_model(p, typed_only=False):

@@ -5,23 +5,25 @@ A *score* is higher for in-distribution images: log p(x) = -E(x) up to log Z, ma
 """
 
 import os
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torchvision.transforms.functional as TF
 from sklearn.metrics import average_precision_score, roc_auc_score
-from torchvision.datasets import CelebA
 
 from models import energy
 from samplers import to_pixels
-from utils import data, distributed, image_folder
+from utils import data, distributed, image_folder, own_images
 from utils.program import InputError, Unavailable
 from utils.seeding import generator
 
-LOADED = ("svhn", "cifar10", "cifar100", "digits")
+LOADED = tuple(data.SPECS)
 GENERATED = ("interp", "uniform", "constant")
-NAMES = (*LOADED, "celeba", *GENERATED, "folder:PATH")
+NAMES = (*LOADED, "celeba", *GENERATED, "folder:PATH", "npz:FILE")
+CELEBA_TEST = 19_962  # images of its test split
 CELEBA_CROP = 140  # pixels of the aligned 178 x 218 images: the face without most background
 
 
@@ -95,58 +97,81 @@ def gradient_norm_score(model, x_uint8, batch_size=500):
     return -torch.cat(parts).to(x_uint8.device)
 
 
-def check_names(names):
+class OutSet(NamedTuple):
+    """Out-of-distribution images, uint8 [N, 3, size, size] on the CPU, and words for the records
+    about where they come from."""
+
+    x: torch.Tensor
+    about: dict
+
+
+def name_and_source(text):
+    """What an out set is called, and what it is made of: ``svhn=folder:PATH`` is called svhn."""
+    name, equals, source = text.partition("=")
+    if equals and re.fullmatch(r"[\w.-]+", name) and own_images.is_own(source):
+        return name, source
+    return text, text
+
+
+def check_names(texts):
     """InputError, before anything is measured, for an out set that does not exist, a folder without
-    image files, or two folders of one name (files and panels are called after it)."""
-    folders = [Path(name).name for name in names if name.startswith("folder:")]
-    if len(set(folders)) < len(folders) or len(set(names)) < len(names):
+    image files, or two sets of one name (files and panels are called after it)."""
+    named = [name_and_source(text) for text in texts]
+    short = [Path(name).name if own_images.is_own(name) else name for name, _ in named]
+    if len(set(short)) < len(short):
         raise InputError("two of the --ood sets have the same name")
-    for name in names:
-        if name.startswith("folder:"):
-            path = Path(name.removeprefix("folder:")).expanduser()
+    for _, source in named:
+        if source.startswith("folder:"):
+            path = own_images.path_of(source)
             if not path.is_dir():
-                raise InputError(f"{name} is no folder")
+                raise InputError(f"{source} is no folder")
             if not image_folder.image_files(path):
-                raise InputError(f"{name} holds no image file "
+                raise InputError(f"{source} holds no image file "
                                  f"({', '.join(sorted(image_folder.SUFFIXES))})")
-        elif name not in NAMES:
-            raise InputError(f"unknown out-of-distribution set {name!r}: choose from "
+        elif source.startswith("npz:"):
+            own_images.headers(own_images.path_of(source))
+        elif source not in NAMES:
+            raise InputError(f"unknown out-of-distribution set {source!r}: choose from "
                              f"{', '.join(NAMES)}")
 
 
-def out_images(name, size, *, in_x, root, seed, download=False, n=None):
-    """The out-of-distribution set ``name`` as uint8 [N, 3, size, size] on the CPU.
+def out_set(text, size, *, in_x, root, seed, download=False, n=None):
+    """The out-of-distribution set ``text`` as an ``OutSet``.
 
-    svhn, cifar10, cifar100, digits  the test split, resized (bilinear, antialiased) if need be
+    cifar10, svhn, ...  the test split, resized (bilinear, antialiased) if need be
     celeba       test split of the aligned images: centre crop of 140 x 140, antialiased resize
     interp       mean of two random different images of ``in_x``, halves rounded up
     uniform      every value uniform in 0..255
     constant     one uniformly random colour an image
     folder:PATH  the image files below PATH, sorted; centre square, antialiased resize
+    npz:FILE     its test split, likewise
+    NAME=folder:PATH or NAME=npz:FILE  the same under another name
 
-    ``n`` limits the set to its first images. Without it, generated sets have as many as ``in_x``
-    (uint8 [N, 3, H, W]). Generated image i depends on (seed, i) alone. InputError, in one line,
-    for an unknown name, missing files, or fewer images than ``n``.
+    ``n`` limits the set to its first images, and no more are read. Without it, generated sets have
+    as many as ``in_x`` (uint8 [N, 3, H, W]). Generated image i depends on (seed, i) alone.
+    InputError, in one line, for an unknown name or missing files.
     """
     if n is not None and n < 1:
         raise InputError(f"{n} out-of-distribution images are none: ask for 1 or more")
-    if name in LOADED:
-        own = {"size": size} if name == "digits" else {}
-        x = data.load(name, root, train=False, download=download, **own).x[:n]
-    elif name == "celeba":
+    name, source = name_and_source(text)
+    about = {} if name == source else {"origin": source}
+    if source in LOADED or source.startswith("npz:"):
+        own = {"size": size} if source == "digits" or source.startswith("npz:") else {}
+        images = data.load(source, root, train=False, download=download, **own)
+        x, about = images.x[:n], about | images.about
+    elif source == "celeba":
         x = celeba(root, size, n)
-    elif name in GENERATED:
-        x = generated(name, size, len(in_x) if n is None else n, in_x.cpu(), seed)
-    elif name.startswith("folder:") and name != "folder:":
-        x = image_folder.read(Path(name.removeprefix("folder:")).expanduser(), size, n)
+    elif source in GENERATED:
+        x = generated(source, size, len(in_x) if n is None else n, in_x.cpu(), seed)
+    elif source.startswith("folder:") and source != "folder:":
+        x, left_out = image_folder.read(own_images.path_of(source), size, n)
+        about |= {"left_out": left_out} if left_out else {}
     else:
-        raise InputError(f"unknown out-of-distribution set {name!r}: choose from "
+        raise InputError(f"unknown out-of-distribution set {text!r}: choose from "
                          f"{', '.join(NAMES)}")
-    if n is not None and len(x) < n:
-        raise InputError(f"{name} has {len(x)} images, {n} were asked for")
     if x.shape[-2:] != (size, size):
         x = TF.resize(x, [size, size], antialias=True)  # bilinear by default, as below
-    return x
+    return OutSet(x, about)
 
 
 def generated(name, size, n, in_x, seed):
@@ -169,16 +194,38 @@ def generated(name, size, n, in_x, seed):
 
 
 def celeba(root, size, n):
-    """The first ``n`` CelebA test images; never downloaded (quotas), so the files must be there."""
-    home = Path(os.path.abspath(root), CelebA.base_folder)
-    lists = [file for _, _, file in CelebA.file_list if file.endswith(".txt")]
+    """The first ``n`` CelebA test images; never downloaded (quotas), so the files must be there, as
+    its authors give them or as Kaggle does."""
+    home = Path(os.path.abspath(root), "celeba")
+    pictures, nested = home / "img_align_celeba", home / "img_align_celeba" / "img_align_celeba"
     try:
-        dataset = CelebA(str(root), split="test", target_type=[], download=False)
-        return torch.stack([image_folder.square(dataset[i][0].convert("RGB"), size, CELEBA_CROP)
-                            for i in range(len(dataset))[:n]])
-    except (RuntimeError, OSError, ValueError, IndexError) as error:
-        absent = [file for file in ("img_align_celeba", *lists) if not (home / file).exists()]
-        state = f"missing: {', '.join(absent)}" if absent else "a file is damaged or missing"
-        raise Unavailable(f"celeba is not (whole) under {home} and is never downloaded: put the "
-                         f"unpacked folder img_align_celeba/ and {', '.join(lists)} there, in the "
-                         f"folder celeba/ of --data_root [{state}]") from error
+        names = celeba_test_names(home)[:n]
+    except (OSError, ValueError) as error:
+        raise no_celeba(home, error) from error
+    if not pictures.is_dir():
+        raise no_celeba(home, f"missing: {pictures.name}/")
+    files = [(nested if nested.is_dir() else pictures) / name for name in names]
+    x, _, left_out = image_folder.decode(files, size, side=CELEBA_CROP)
+    for why, (file, *_) in left_out.items():  # the paper's numbers are of all
+        raise no_celeba(home, f"{file.name} is {why if file.exists() else 'missing'}")
+    return x
+
+
+def celeba_test_names(home):
+    """The test images' file names, in order, by the partition list (a .csv has a header)."""
+    lists = [home / f"list_eval_partition.{kind}" for kind in ("txt", "csv")]
+    found = next((file for file in lists if file.is_file()), None)
+    if found is None:
+        raise ValueError(f"missing: {lists[0].name}")
+    rows = [line.replace(",", " ").split() for line in found.read_text("utf-8").splitlines()]
+    names = [row[0] for row in rows if len(row) == 2 and row[1] == "2"]
+    if len(names) != CELEBA_TEST:
+        raise ValueError(f"{found.name} names {len(names):,} of {CELEBA_TEST:,} test images")
+    return names
+
+
+def no_celeba(home, why):
+    """The error that says what belongs where."""
+    return Unavailable(f"celeba is not (whole) under {home} and is never downloaded: put the "
+                       "unpacked folder img_align_celeba/ and list_eval_partition.txt (or Kaggle's "
+                       f".csv) there, in the folder celeba/ of --data_root [{why}]")

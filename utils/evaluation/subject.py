@@ -13,7 +13,7 @@ import torch
 from models import frozen
 from samplers import make_init, make_sampler
 from utils import distributed, plots
-from utils.data import SPECS, Images, load_splits
+from utils.data import Images, load_splits, spec_of
 from utils.evaluation.inference import predict
 from utils.files.checkpoint import Opened
 from utils.files.records import replacing
@@ -58,9 +58,9 @@ class Subject:
         parts = load_splits(a.dataset, a.data_root, n_valid=a.n_valid, n_train=a.n_train,
                             download=a.download, size=a.image_size)
         n_classes = self.model.config["n_classes"]
-        if SPECS[a.dataset].n_classes != n_classes:
-            raise InputError(f"{self.label} knows {n_classes} classes, {a.dataset} has "
-                             f"{SPECS[a.dataset].n_classes}: choose another --dataset")
+        if (there := spec_of(a.dataset).n_classes) != n_classes:
+            raise InputError(f"{self.label} knows {n_classes} classes, {a.dataset} has {there}: "
+                             "choose another --dataset")
         return dict(zip(("train", "valid", "test"), (p.to(self.device) for p in parts),
                         strict=True))
 

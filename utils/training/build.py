@@ -9,7 +9,7 @@ from models import JEM
 from samplers import ClassGaussians, ReplayBuffer, UniformInit, make_init
 from utils import distributed
 from utils.cli import n_parts, per_class
-from utils.data import SPECS, Images, TrainData, load_splits
+from utils.data import Images, TrainData, load_splits, spec_of
 from utils.files.checkpoint import State, own_share, stream_seed
 from utils.files.records import jsonable
 from utils.machine import compiled
@@ -29,7 +29,7 @@ class Setup(NamedTuple):
 
 def build(args, device):
     """Everything the flags describe, fresh, as a ``Setup`` on ``device``."""
-    spec = SPECS[args.dataset]
+    spec = spec_of(args.dataset)._replace(pad=args.pad, flip=args.flip)
     images, valid, test = (split.to(device) for split in load_splits(
         args.dataset, args.data_root, n_valid=args.n_valid, n_train=args.n_train,
         download=args.download, size=args.image_size))
@@ -42,7 +42,7 @@ def build(args, device):
                        compiled=args.compile != "off")
     except ValueError as error:  # --n_train left a class out
         raise InputError(f"{error}: raise --n_train, or --init uniform") from error
-    origin = {"init": args.init, "dataset": args.dataset, "n_valid": args.n_valid,
+    origin = {"init": args.init, "dataset": args.dataset, "n_valid": len(valid.y),
               "n_train": len(images.y), "train_sha256": images.digest()}
     return Setup(new_state(args, data, p0, origin), data, p0, valid, test)
 
