@@ -322,6 +322,7 @@ def run(args, run_dir, setup):
               "sampler": sampler_name(args), "network": network_name(args.depth, args.width),
               "steps_per_epoch": data.steps_per_epoch, "n_train": len(data.images.y),
               "n_valid": len(setup.valid.y), "n_test": len(setup.test.y),
+              **data.images.about,
               "parameters": sum(p.numel() for p in state.model.parameters()),
               "processes": distributed.world()}
     log = RunLog(run_dir, state.step, header, state.log_lines)

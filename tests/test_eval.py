@@ -150,7 +150,8 @@ def test_released_files_give_the_fixtures_numbers(tmp_path, call, monkeypatch, n
     images = Images(torch.from_numpy(theirs["x"]), torch.from_numpy(y))
     monkeypatch.setattr(subject, "load_splits", lambda *a, **k: (images, images, images))
     monkeypatch.setattr("utils.evaluation.inference.to_pixels", lambda x: x)
-    monkeypatch.setattr("utils.evaluation.evaluations.ood.out_images", lambda *a, **k: images.x)
+    monkeypatch.setattr("utils.evaluation.evaluations.ood.out_set",
+                        lambda *a, **k: ood.OutSet(images.x, {}))
     monkeypatch.setattr("utils.evaluation.evaluations.ood.gradient_norm_score",
                         lambda model, x, batch: torch.zeros(len(x)))
     out = tmp_path / "out.jsonl"

@@ -103,8 +103,8 @@ def in_and_out_scores(s, names):
         if name == a.dataset:
             continue
         try:
-            x = ood.out_images(name, a.image_size, in_x=x_in, root=a.data_root, seed=a.seed,
-                               download=a.download, n=None)[:a.n_images]
+            x = ood.out_set(name, a.image_size, in_x=x_in, root=a.data_root, seed=a.seed,
+                            download=a.download, n=a.n_images and len(x_in)).x
         except Unavailable as error:
             skip(f"ood {name}", error)
             continue
@@ -263,9 +263,8 @@ def robust(s, out):
 
 def class_names(s):
     """Names for rows of pictures."""
-    if s.args.dataset == "cifar10":
-        return ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    return [str(k) for k in range(s.model.config["n_classes"])]
+    n_classes, names = s.model.config["n_classes"], s.args.class_names
+    return names if len(names) == n_classes else [str(k) for k in range(n_classes)]
 
 
 def by_class(s, x):

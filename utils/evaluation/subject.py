@@ -13,7 +13,7 @@ import torch
 from models import frozen
 from samplers import make_init, make_sampler
 from utils import distributed, plots
-from utils.data import Images, load_splits, spec_of
+from utils.data import load_splits, spec_of
 from utils.evaluation.inference import predict
 from utils.files.checkpoint import Opened
 from utils.files.records import replacing
@@ -70,7 +70,7 @@ class Subject:
         if limit is not None and limit > len(images.y):
             raise InputError(f"{limit} images were asked for, the {split} split of "
                              f"{self.args.dataset} has {len(images.y)}")
-        return images if limit is None else Images(images.x[:limit], images.y[:limit])
+        return images if limit is None else images.take(slice(limit))
 
     def logits(self, split="test", limit=None, sigma=0.0):
         """Logits float64 [n, K] on the CPU, and labels."""
