@@ -84,7 +84,7 @@ def convert(content):
         model = JEM.wide_resnet(**network_of(named))
         model.load_state_dict(named)
     except RuntimeError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(" ".join(str(error).split())) from error
     buffer = content.get("replay_buffer") if "model_state_dict" in content else None
     if isinstance(buffer, torch.Tensor) and buffer.numel() == 0:
         buffer = None

@@ -209,7 +209,8 @@ def poison(place, at_step, monkeypatch):
     """Put one NaN in ``place`` at ``at_step``, once."""
     step, done = train_jempp.train_step, []
 
-    def poisoned(args, state, draw, data, p0):
+    def poisoned(args, setup, draw):
+        state, data = setup.state, setup.data
         now = state.step == at_step and not done
         if now:
             done.append(0)
@@ -221,7 +222,7 @@ def poison(place, at_step, monkeypatch):
             monkeypatch.setattr(data, "batch", lambda s, part=0: batch)
         if now and place == "gradients":
             hook = state.model.stem.weight.register_hook(lambda g: g * float("nan"))
-        metrics = step(args, state, draw, data, p0)
+        metrics = step(args, setup, draw)
         if now and place == "batch":
             monkeypatch.delattr(data, "batch")
         if now and place == "gradients":
@@ -247,7 +248,7 @@ def test_nan_is_detected_rolled_back_and_the_run_finishes(tmp_path, monkeypatch,
     assert log[-1]["reason"] == "finished" and log[-1]["rollbacks"] == 1
     content = torch.load(tmp_path / "last.pt", weights_only=True)
     assert content["rng"]["stream"] == 1 and checkpoint.all_finite(
-        [t for _, t in checkpoint.tensors(content)])
+        [t for _, t in checkpoint.leaves(content) if isinstance(t, torch.Tensor)])
 
 
 def test_nan_with_stop_ends_with_code_3(tmp_path, monkeypatch):
@@ -486,9 +487,9 @@ def inject(monkeypatch, *steps):
     """A NaN loss after each of ``steps``, one a random stream."""
     real, left = train_jempp.train_step, list(steps)
 
-    def step(args, state, *rest):
-        metrics = real(args, state, *rest)
-        if left and state.step == left[0] and state.stream == len(steps) - len(left):
+    def step(args, setup, draw):
+        metrics, state = real(args, setup, draw), setup.state
+        if left and state.step == left[0] and state.rollbacks == len(steps) - len(left):
             left.pop(0)
             metrics["loss"] = metrics["loss"] * float("nan")
         return metrics

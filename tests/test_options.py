@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import weakref
 from types import SimpleNamespace
 
@@ -104,15 +105,50 @@ def test_with_every_option_on_a_resumed_run_equals_an_uninterrupted_one(tmp_path
     assert steps[0] == steps[1]
 
 
-@pytest.mark.parametrize("schedule, refused", (("steps", False), ("linear", True),
-                                               ("cosine", True)))
-def test_another_number_of_epochs_goes_with_a_schedule_that_does_not_depend_on_it(
-        tmp_path, call, schedule, refused):
-    flags = ["--schedule", schedule, "--max_steps", "1"]
-    assert call(train_jempp.main, tiny(tmp_path, *flags, "--n_epochs", "2"))[0] == 0
-    code, _, err = call(train_jempp.main, tiny(tmp_path, *flags, "--n_epochs", "3"))
-    assert code == (2 if refused else 0)
-    assert ("--n_epochs 2 there, 3 here" in err) == refused
+EXTENDED = [  # flags of a run of five steps (two epochs), those it goes on with, the refusal
+    (["--n_epochs", "2"], ["--n_epochs", "3"], None),
+    (["--n_epochs", "2", "--decay_epochs", "9"], ["--n_epochs", "4", "--decay_epochs", "2"], None),
+    (["--n_epochs", "2", "--decay_epochs", "9"], ["--n_epochs", "4", "--decay_epochs", "1"],
+     "has taken step 4 at the rate 0.1; with these --n_epochs and --decay_epochs that would have "
+     "been 0.02"),
+    (["--schedule", "linear", "--n_epochs", "2"], ["--schedule", "linear", "--n_epochs", "3"],
+     "has taken step 4 at the rate 0.075"),
+    (["--schedule", "cosine", "--n_epochs", "2"], ["--schedule", "cosine", "--n_epochs", "3"],
+     "has taken step 4 at the rate")]
+
+
+@pytest.mark.parametrize("first, then, refusal", EXTENDED)
+def test_a_run_may_be_extended_as_long_as_the_rates_of_its_steps_stay(tmp_path, call, first, then,
+                                                                      refusal):
+    assert call(train_jempp.main, tiny(tmp_path, "--max_steps", "5", *first))[0] == 0
+    code, _, err = call(train_jempp.main, tiny(tmp_path, "--max_steps", "5", *then))
+    assert code == (2 if refusal else 0), err
+    assert (refusal or "") in err
+
+
+def test_a_run_of_an_older_argument_list_goes_on_and_a_flag_that_is_gone_is_named(tmp_path, call):
+    """A flag that a saved run does not know counts as its default."""
+    assert call(train_jempp.main, tiny(tmp_path, "--max_steps", "1"))[0] == 0
+    path = tmp_path / "last.pt"
+    content = torch.load(path, weights_only=True)
+
+    def rewrite(change):
+        for name in ("nesterov", "ema", "step_decay"):
+            content["args"].pop(name, None)
+        content["args"] |= change
+        content["sha256"] = checkpoint.digest(content)
+        torch.save(content, path)
+        (tmp_path / "args.json").write_text(json.dumps(content["args"]))
+
+    rewrite({})
+    code, _, err = call(train_jempp.main, tiny(tmp_path, "--max_steps", "2", "--nesterov"))
+    assert code == 2 and "--nesterov False there, True here" in err
+    assert call(train_jempp.main, tiny(tmp_path, "--max_steps", "2"))[0] == 0
+    content = torch.load(path, weights_only=True)
+    assert content["step"] == 2 and content["args"]["ema"] == 0
+    rewrite({"gone_with_the_wind": 3})
+    code, _, err = call(train_jempp.main, tiny(tmp_path, "--max_steps", "3"))
+    assert code == 2 and "--gone_with_the_wind, which this version does not have" in err
 
 
 @pytest.mark.parametrize("flags, refused", (
@@ -323,9 +359,9 @@ def seen(monkeypatch):
     """The state dicts after each step of the runs that follow."""
     step, states = train_jempp.train_step, []
 
-    def watched(args, state, *rest):
-        metrics = step(args, state, *rest)
-        states.append({k: v.clone() for k, v in state.model.state_dict().items()})
+    def watched(args, setup, draw):
+        metrics = step(args, setup, draw)
+        states.append({k: v.clone() for k, v in setup.state.model.state_dict().items()})
         return metrics
 
     monkeypatch.setattr(train_jempp, "train_step", watched)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-import eval_jempp
 from utils import cli
+from utils.evaluation.evaluations import EVALUATIONS
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh")) + [ROOT / ".ci" / "run"]
 README = (ROOT / "README.md").read_text()
@@ -58,7 +58,7 @@ def test_readmes_training_commands_parse(words):
 
 @pytest.mark.parametrize("words", commands("eval_jempp.py"), ids=" ".join)
 def test_readmes_evaluation_commands_parse(words):
-    eval_jempp.parse_args(words)
+    cli.evaluation_args(words, EVALUATIONS)
 
 
 def test_readmes_flags_for_the_papers_models_parse():

@@ -124,8 +124,8 @@ def test_divergence_ends_with_code_3_and_keeps_the_last_good_checkpoint(tmp_path
 def test_nan_is_seen_before_it_is_saved(tmp_path, call, monkeypatch, poison):
     step = train_jempp.train_step
 
-    def poisoned(args, state, *rest):
-        metrics = step(args, state, *rest)
+    def poisoned(args, setup, draw):
+        metrics, state = step(args, setup, draw), setup.state
         if state.step == 2:  # ckpt_steps: 2 is saved right after
             target = state.model.stem.weight if poison == "weight" else state.buffer.images
             target.data[0, 0, 0, 0] = float("nan")
