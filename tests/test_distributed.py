@@ -152,7 +152,7 @@ BROKEN = """
 import os, sys
 sys.path.insert(0, {root!r})
 import train_jempp
-from utils import cli
+from utils import program
 
 def rate(step, *others, of=learning_rate):
     if step == 4 and os.environ["RANK"] == "1":

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train_jempp
-from utils import cli
+from utils import cli, program
 from utils.files import checkpoint, records
 from utils.files.records import read_jsonl
 from utils.program import InputError
@@ -32,7 +32,7 @@ from utils.program import InputError
 def run_main(argv):
     """(exit code, stderr) of train_jempp.main in this process; any other exception comes out."""
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    err, program = io.StringIO(), sys.argv[0]
+    err, words = io.StringIO(), sys.argv[0]
     sys.argv[0] = "train_jempp.py"
     try:
         with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
@@ -40,7 +40,7 @@ def run_main(argv):
     except SystemExit as end:
         return end.code, err.getvalue()
     finally:
-        sys.argv[0] = program
+        sys.argv[0] = words
         for number, handler in before.items():
             signal.signal(number, handler)
     raise AssertionError("program.run always exits")
