@@ -64,7 +64,7 @@ def training_of(opened):
         return None
     args = opened.args
     return records.training_of(args, opened.step, sampler_name(argparse.Namespace(**args)),
-                               network_name(args["depth"], args["width"]))
+                               network_name(args))
 
 
 def label_of(path):

@@ -319,7 +319,7 @@ def run(args, run_dir, setup):
     if distributed.rank() == 0:
         records.write_json(run_dir / "args.json", vars(args))
     header = {"args": vars(args), "env": records.environment(data.device),
-              "sampler": sampler_name(args), "network": network_name(args.depth, args.width),
+              "sampler": sampler_name(args), "network": network_name(vars(args)),
               "steps_per_epoch": data.steps_per_epoch, "n_train": len(data.images.y),
               "n_valid": len(setup.valid.y), "n_test": len(setup.test.y),
               **data.images.about,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.wide_resnet import WideResNet
+from models.networks import network_class
 
 
 def energy(logits, y=None):
@@ -44,6 +44,7 @@ def frozen(model):
 
 class JEM(nn.Module):
     """A network with a ``stem`` (f_0) and a ``trunk`` (g), and the densities its logits define.
+    What a network has to offer is said in models/networks.py.
 
     ``bf16``: run all but the last layer under bfloat16 autocast. Weights, batch statistics, logits,
     energies and losses stay float32.
@@ -57,9 +58,12 @@ class JEM(nn.Module):
         self.stem, self.trunk, self.config = network.stem, network.trunk, network.config
 
     @classmethod
-    def wide_resnet(cls, **config):
-        """A JEM over ``WideResNet(**config)``; the same words are its ``config``."""
-        return cls(WideResNet(**config))
+    def build(cls, network="wrn", **words):
+        """A JEM over the network of that name, built by its ``words``; ``JEM.build(**its.config)``
+        is another of the same kind. ValueError for a name or words that make no network."""
+        model = cls(network_class(network)(**words))
+        model.config = {"network": network, **model.config}
+        return model
 
     def forward(self, x):
         """Images [B, 3, H, W] in [-1, 1] to logits f(x) [B, K]."""

@@ -81,7 +81,7 @@ def convert(content):
     named = {our_name(key): tensor for key, tensor in state.items()}
     named.pop(None, None)
     try:
-        model = JEM.wide_resnet(**network_of(named))
+        model = JEM.build(**network_of(named))
         model.load_state_dict(named)
     except RuntimeError as error:
         raise ValueError(" ".join(str(error).split())) from error

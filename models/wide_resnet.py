@@ -35,12 +35,13 @@ def make_act(norm):
 class Block(nn.Module):
     """norm, LeakyReLU, 3x3 conv, twice, beside the identity (or a 1x1 conv where shapes differ)."""
 
-    def __init__(self, in_channels, channels, stride, norm, bn_momentum):
+    def __init__(self, in_channels, channels, stride, norm, bn_momentum, stride_first):
         super().__init__()
+        first, second = (stride, 1) if stride_first else (1, stride)
         self.norm1 = make_norm(norm, in_channels, bn_momentum)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=first, padding=1)
         self.norm2 = make_norm(norm, channels, bn_momentum)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride=second, padding=1)
         self.act = make_act(norm)
         same = stride == 1 and in_channels == channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, channels, 1, stride)
@@ -55,10 +56,13 @@ class WideResNet(nn.Module):
     """WRN-``depth``-``width``: images [B, 3, H, W] (H, W >= 8, any range) to logits [B, K].
 
     ``depth`` is 6n + 4 (10, 16, 22, 28, 34, 40, ...); WRN-28-10 with batch norm and ten classes
-    has 36,489,290 parameters. Raises ValueError for a depth or norm that does not exist.
+    has 36,489,290 parameters. ``stride_first`` puts the stride into a block's first convolution, as
+    the original Wide-ResNet has it: 40 % fewer products at WRN-10-k, 22 % at WRN-16-4.
+    Raises ValueError for a depth or norm that does not exist.
     """
 
-    def __init__(self, depth=28, width=10, n_classes=10, norm="batch", bn_momentum=0.9):
+    def __init__(self, depth=28, width=10, n_classes=10, norm="batch", bn_momentum=0.9,
+                 stride_first=False):
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth is 6n + 4 (10, 16, 22, 28, ...), got {depth}")
@@ -67,14 +71,14 @@ class WideResNet(nn.Module):
         if norm not in NORMS:
             raise ValueError(f"norm is one of {', '.join(NORMS)}, got {norm}")
         self.config = {"depth": depth, "width": width, "n_classes": n_classes, "norm": norm,
-                       "bn_momentum": bn_momentum}
+                       "bn_momentum": bn_momentum, "stride_first": stride_first}
         self.stem = nn.Conv2d(3, STEM_WIDTH, 3, padding=1)
         trunk, in_channels = OrderedDict(), STEM_WIDTH
         for number, stride in ((1, 1), (2, 2), (3, 2)):
             channels, blocks = STEM_WIDTH * 2 ** (number - 1) * width, []
             for index in range((depth - 4) // 6):
                 blocks.append(Block(in_channels, channels, stride if index == 0 else 1, norm,
-                                    bn_momentum))
+                                    bn_momentum, stride_first))
                 in_channels = channels
             trunk[f"layer{number}"] = nn.Sequential(*blocks)
         trunk["norm"] = make_norm(norm, in_channels, bn_momentum)
@@ -83,6 +87,12 @@ class WideResNet(nn.Module):
         trunk["flatten"] = nn.Flatten()
         trunk["head"] = nn.Linear(in_channels, n_classes)
         self.trunk = nn.Sequential(trunk)
+
+    @staticmethod
+    def title(words):
+        """"WRN-28-10"."""
+        first = ", stride first" if words.get("stride_first") else ""
+        return f"WRN-{words['depth']}-{words['width']}{first}"
 
     def forward(self, x):
         return self.trunk(self.stem(x))

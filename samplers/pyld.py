@@ -1,9 +1,19 @@
 """PYLD-M-N, proximal YOPO SGLD: Algorithm 1 as written, and what it comes to for a conv stem."""
 
 import torch
+from torch import nn
 
 from models.jem import energy
 from samplers.sgld import PIXELS, add_noise, descend, move
+
+AFFINE = (nn.Conv2d, nn.Linear, nn.Identity, nn.Flatten)
+
+
+def is_affine(stem):
+    """Whether a stem is known to be affine: one of the layers above, or a chain of them."""
+    if isinstance(stem, nn.Sequential):
+        return all(is_affine(part) for part in stem)
+    return isinstance(stem, AFFINE)
 
 
 def slack_variable(model, x, y=None):
@@ -39,8 +49,12 @@ def pyld_collapsed(model, x, *, n_outer, n_inner, step_size, clip, noise_std=0.0
     """What ``pyld`` computes, for the price of its outer loop, when the stem is affine.
 
     p . grad f_0(x) does not depend on x for an affine f_0, so the N inner steps repeat one clamped
-    step of proximal SGLD. A convolution is affine; a deeper stem is not and needs ``pyld``.
+    step of proximal SGLD. A convolution is affine. ValueError for a stem that is not known to be:
+    that one needs ``pyld``.
     """
+    if not is_affine(model.stem):
+        raise ValueError("the stem is not affine, which PYLD's short cut needs: add --literal_pyld "
+                         "(Algorithm 1 as written, for any stem)")
     return descend(lambda x: model.energy_gradient(x, y), x, n_steps=n_outer, repeats=n_inner,
                    step_size=step_size, clip=clip, noise_std=noise_std, step_decay=step_decay,
                    pixels=pixels, generator=generator)

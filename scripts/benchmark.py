@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_jempp  # noqa: E402
-from models import JEM  # noqa: E402
+from models import JEM, network_name  # noqa: E402
 from samplers import make_sampler  # noqa: E402
 from scripts.literal import Literal, check  # noqa: E402
 from utils import (  # noqa: E402
@@ -100,7 +100,7 @@ def our_sampling(args, state, data, p0):
 def forward_flop(config, size, n_images):
     """Operations (2 per multiply-add) of one forward pass over a batch, counted on no device."""
     with torch.device("meta"):
-        model, x = JEM.wide_resnet(**config).eval(), torch.empty(1, 3, size, size)
+        model, x = JEM.build(**config).eval(), torch.empty(1, 3, size, size)
     with FlopCounterMode(display=False) as counter:
         model(x)
     return counter.get_total_flops() * n_images
@@ -207,7 +207,7 @@ def profile(iteration, device, ms):
 
 def headline(r):
     args = r["args"]
-    return (f"WRN-{args['depth']}-{args['width']} {r['method']}, M={args['n_steps']} "
+    return (f"{network_name(args)} {r['method']}, M={args['n_steps']} "
             f"N={args['in_steps']}, norm {args['norm']}, B={args['batch_size']}; {r['device']}, "
             f"{r['threads']} threads; {', '.join(f'{name} {args[name]}' for name in SWITCHES)}")
 

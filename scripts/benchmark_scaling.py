@@ -82,7 +82,7 @@ def main(argv=None):
                          "command": f"benchmark_scaling.py {' '.join(words)}"},
             "method": row, "dataset": args.dataset, "seed": args.seed,
             "training": records.training_of(
-                vars(args), None, sampler_name(args), network_name(args.depth, args.width)),
+                vars(args), None, sampler_name(args), network_name(vars(args))),
             "env": env, "time": records.now()})
         print(f"{row:8s} processes x threads {value:9.1f} images/s   ratio {value / first:.2f}")
     return program.EXIT_OK

@@ -81,7 +81,7 @@ def main(argv=None):
             | {name: getattr(args, name) for name in SWITCHES},
             "method": row, "dataset": args.dataset, "seed": args.seed,
             "training": records.training_of(
-                vars(args), None, sampler_name(args), network_name(args.depth, args.width)),
+                vars(args), None, sampler_name(args), network_name(vars(args))),
             "env": env, "time": records.now()})
         print(f"{row:46s} {value:9.1f} ms   x {value / first:.2f}")
     return program.EXIT_OK

@@ -64,7 +64,7 @@ def main(argv=None):
             "checkpoint": None, "overrides": {}, "method": row, "dataset": args.dataset,
             "seed": args.seed,
             "training": records.training_of(
-                vars(args), None, sampler_name(args), network_name(args.depth, args.width)),
+                vars(args), None, sampler_name(args), network_name(vars(args))),
             "env": env, "seconds": None, "time": records.now()})
         ratio = statistics.median(times["JEM"]) / value
         print(f"{row:18s} {value:9.1f} ms   JEM / this {ratio:.2f}")

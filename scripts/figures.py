@@ -59,9 +59,8 @@ def curves(args):
                 at = log[-1]["step"] / log[0]["steps_per_epoch"]
                 axis.plot([at], [accuracy[-1] if accuracy else 0], "x", color=f"C{number}",
                           markersize=9, markeredgewidth=2)
-    trained = log[0]["args"]
     axis.set(xlabel="epoch", ylabel="test accuracy, %",
-             title=f"{trained['dataset']}, WRN-{trained['depth']}-{trained['width']}, "
+             title=f"{log[0]['args']['dataset']}, {log[0]['network']}, "
                    f"{log[0]['n_train']} images (x: diverged)")
     axis.title.set_fontsize(9)
     axis.grid(alpha=0.3)

@@ -55,7 +55,7 @@ def released_file(path, **changes):
     """A small file in the released format, with random weights; ``changes`` to its state dict."""
     torch.manual_seed(0)
     state = {}
-    for name, tensor in JEM.wide_resnet(depth=10, width=1).state_dict().items():
+    for name, tensor in JEM.build(depth=10, width=1).state_dict().items():
         name = name.replace("trunk.head", "class_output").replace("trunk.norm", "f.bn1")
         name = name.replace("trunk.", "f.").replace(".norm", ".bn").replace("stem.", "f.conv1.")
         state[name.replace("shortcut.", "shortcut.0.")] = tensor

@@ -190,7 +190,7 @@ def test_the_most_confident_of_each_class_are_selected():
 @pytest.mark.parametrize("training", [True, False])
 def test_penultimate_features_feed_the_last_layer(training):
     torch.manual_seed(0)
-    model = JEM.wide_resnet(depth=10, width=1).train(training)
+    model = JEM.build(depth=10, width=1).train(training)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     x = some_images(6, 1)
     features = generation.penultimate_features(model, x, batch_size=4)

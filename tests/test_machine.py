@@ -36,7 +36,7 @@ def test_a_missing_compiler_is_one_line(tmp_path, call, monkeypatch):
 def test_the_compiled_gradient_is_the_eager_one_also_of_a_copy(bf16):
     """And batch norm sees the pass; a copy's gradient is of the copy's weights."""
     torch.manual_seed(0)
-    model = JEM.wide_resnet(depth=10, width=1)
+    model = JEM.build(depth=10, width=1)
     model.bf16 = bf16
     eager, x, y = copy.deepcopy(model), torch.rand(4, 3, 16, 16) * 2 - 1, torch.arange(4)
     machine.compiled(model, "default")

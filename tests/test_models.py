@@ -44,7 +44,7 @@ def test_a_depth_width_or_norm_that_no_network_has_is_refused(config, words):
 
 def test_energies_are_those_of_the_papers_equations():
     torch.manual_seed(0)
-    model = JEM.wide_resnet(depth=10, width=1, n_classes=5).double().eval()
+    model = JEM.build(depth=10, width=1, n_classes=5).double().eval()
     x, y = torch.rand(4, 3, 8, 8).double(), torch.tensor([0, 4, 2, 2])
     f = model(x)
     e_x, e_xy = model.energy(x), model.energy(x, y)

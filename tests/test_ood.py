@@ -108,7 +108,7 @@ def test_gradient_norm_equals_its_closed_form(training):
 
 def test_gradient_norm_does_not_depend_on_the_batch():
     torch.manual_seed(0)
-    model = JEM.wide_resnet(depth=10, width=1, n_classes=10)
+    model = JEM.build(depth=10, width=1, n_classes=10)
     x = torch.randint(256, (7, 3, 16, 16), dtype=torch.uint8)
     whole = ood.gradient_norm_score(model, x, 7)
     assert whole.shape == (7,) and (whole < 0).all() and whole.std() > 0

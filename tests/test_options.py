@@ -499,7 +499,7 @@ def test_gradients_stay_in_memory_of_our_own():
 # -- frozen ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("fault", (None, KeyboardInterrupt))
 def test_frozen_parameters_are_constants_until_the_block_is_left(fault):
-    model, x = JEM.wide_resnet(depth=10, width=1), torch.zeros(2, 3, 8, 8, requires_grad=True)
+    model, x = JEM.build(depth=10, width=1), torch.zeros(2, 3, 8, 8, requires_grad=True)
     model.stem.bias.requires_grad_(False)  # stays what it was
     with contextlib.suppress(*([fault] if fault else [])), frozen(model):
         assert not any(p.requires_grad for p in model.parameters())

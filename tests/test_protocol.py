@@ -206,7 +206,7 @@ def options(*words):
 
 def subject(args, buffer=None):
     torch.manual_seed(0)
-    opened = SimpleNamespace(model=JEM.wide_resnet(depth=10, width=1), buffer=buffer, args=None)
+    opened = SimpleNamespace(model=JEM.build(depth=10, width=1), buffer=buffer, args=None)
     return Subject(opened, args, "m", torch.device("cpu"))
 
 

@@ -131,7 +131,7 @@ def test_budgets_are_typed_for_zero_to_one_images():
 def network():
     """An untrained network in train mode."""
     torch.manual_seed(0)
-    return JEM.wide_resnet(depth=10, width=1)
+    return JEM.build(depth=10, width=1)
 
 
 def easy_images(n=12, size=8):
@@ -319,7 +319,7 @@ def test_autoattack_is_exact_on_a_linear_model(norm):
 @pytest.mark.parametrize("norm, radius", (("linf", 8 / 127.5), ("l2", 1.0)))
 def test_adversarial_training_batches_lie_in_the_ball_and_raise_the_loss(norm, radius):
     torch.manual_seed(0)
-    model = JEM.wide_resnet(depth=10, width=1).eval()
+    model = JEM.build(depth=10, width=1).eval()
     x, y = torch.rand(8, 3, 16, 16) * 2 - 1, torch.arange(8)
     x_adv = robustness.adversarial_batch(model, x, y, radius, norm, steps=7,
                                          generator=torch.Generator().manual_seed(0))

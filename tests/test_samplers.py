@@ -14,7 +14,7 @@ from utils.seeding import generator
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return JEM.wide_resnet(depth=10, width=1).double().train()
+    return JEM.build(depth=10, width=1).double().train()
 
 
 def start(scale=1.0, n=6, size=12):

@@ -4,6 +4,10 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
+
+from models import JEM, NETWORKS, network_words
+from samplers.pyld import is_affine
 from utils import distributed, flags, machine
 from utils.data import spec_of
 from utils.files.records import jsonable, read_json
@@ -82,6 +86,7 @@ def resolve(args):
     """Fill in what depends on other flags, and refuse what does not go together."""
     spec = spec_of(args.dataset)
     resolve_data(args, spec)
+    resolve_network(args)
     args.lr = args.lr or {"sgd": 0.1, "adam": 1e-4}[args.optimizer]
     args.adv_eps = args.adv_eps or {"linf": 8.0, "l2": 0.5}.get(args.adversarial)
     machine.fill_in_switches(args)
@@ -107,6 +112,37 @@ def resolve_data(args, spec):
                          f"their border by at most {args.image_size - 1}")
     args.flip = spec.flip if args.flip is None else args.flip
     args.class_names = list(spec.names)
+
+
+def resolve_network(args):
+    """The words of --network: what was typed, or its own defaults. A flag that it has no use for
+    is refused, and stays None where none was typed."""
+    words = network_words(args.network)
+    every = {word for name in NETWORKS for word in network_words(name)}
+    for word in sorted(every):
+        if word in words and getattr(args, word, None) is None:
+            setattr(args, word, words[word])
+        elif word not in words and getattr(args, word, None) is not None:
+            raise InputError(f"--network {args.network} has no --{word}: drop it")
+    check_stem(args)
+
+
+def check_stem(args):
+    """InputError for words that make no network, and a stem that PYLD's short cut is wrong for."""
+    try:
+        with torch.device("meta"):  # no memory, no time
+            stem = JEM.build(args.network, **network_config(args)).stem
+    except ValueError as error:
+        raise InputError(f"--network {args.network}: {error}") from error
+    draws = args.p_x_weight or args.p_x_y_weight
+    if draws and args.in_steps and not args.literal_pyld and not is_affine(stem):
+        raise InputError(f"the stem of --network {args.network} is not affine, which PYLD's short "
+                         "cut needs: add --literal_pyld (Algorithm 1 as written, for any stem)")
+
+
+def network_config(args):
+    """The words of the network that the flags describe, but for the number of classes."""
+    return {word: getattr(args, word) for word in network_words(args.network)}
 
 
 def resolve_batches(args):

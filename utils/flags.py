@@ -7,7 +7,7 @@ code's. The paper's symbols are the metavars. What flags mean together is in uti
 import argparse
 import math
 
-from models import NORMS
+from models import NETWORKS, NORMS
 
 
 def number(kind, low=-math.inf, high=math.inf, *, above=None, finite=True):
@@ -27,14 +27,6 @@ def number(kind, low=-math.inf, high=math.inf, *, above=None, finite=True):
         return value
 
     return parse
-
-
-def depth(text):
-    value = number(int, 10)(text)
-    if (value - 4) % 6:
-        raise argparse.ArgumentTypeError(f"a Wide-ResNet's depth is 6n + 4 (10, 16, 22, 28, 34, "
-                                         f"40, ...), not {value}")
-    return value
 
 
 POSITIVE, NATURAL = number(int, 1), number(int, 0, 2**63 - 1)
@@ -78,12 +70,18 @@ def add_data(p, typed_only=False):
 
 
 def add_model(p, typed_only=False):
-    flag = group(p, "network (Wide-ResNet)", typed_only)
-    flag("--depth", type=depth, default=28, metavar="6n+4", help="layers")
-    flag("--width", type=POSITIVE, default=10, metavar="k", help="widening factor")
-    flag("--norm", choices=NORMS, default="batch", help="normalisation")
-    flag("--bn_momentum", type=number(float, high=1, above=0), default=0.9,
-         help="PyTorch's sense: running = (1-m) old + m batch; released: 0.9")
+    flag = group(p, "network", typed_only)
+    flag("--network", choices=tuple(NETWORKS), default="wrn",
+         help="wrn: the Wide-ResNet of the paper; resnet18: torchvision's, with a 3x3 stem")
+    # words of the network, with its own defaults (cli.resolve_network)
+    flag("--depth", type=POSITIVE, default=None, metavar="6n+4", help="layers (wrn 28)")
+    flag("--width", type=POSITIVE, default=None, metavar="k", help="widening factor (wrn 10)")
+    flag("--norm", choices=NORMS, default=None, help="normalisation (wrn batch)")
+    flag("--bn_momentum", type=number(float, high=1, above=0), default=None,
+         help="PyTorch's sense: running = (1-m) old + m batch (wrn 0.9, as released)")
+    flag("--stride_first", action=FLAG, default=None,
+         help="the stride in a block's first convolution, as the original Wide-ResNet; "
+              "released: in its second (wrn off)")
 
 
 def add_sampler(p, typed_only=False):

@@ -185,7 +185,8 @@ def described(used, whole=True):
     last = used[-1]
     if last["metric"] == "iteration_ms":
         s = timed(last)
-        words = [f"one iteration of WRN-{s['depth']}-{s['width']}", f"batch {s['batch_size']}"]
+        network = last["training"].get("network", f"WRN-{s['depth']}-{s['width']}")
+        words = [f"one iteration of {network}", f"batch {s['batch_size']}"]
     elif last["training"] is None:
         hashes = listed([str(r["checkpoint"]["sha256"])[:8] for r in used])
         words = [f"weights trained by others (sha256 {hashes})"]

@@ -34,7 +34,7 @@ def papers_training(row, dataset):
     """{argument: value} of the paper's run of ``row`` on ``dataset``, as a record has it; without
     the sampler's where nothing is sampled. The size of the training set is not among them."""
     args = vars(cli.train_args(["--dataset", dataset, *ROWS.get(row, "").split()]))
-    training = training_of(args, None, network=network_name(args["depth"], args["width"]))
+    training = training_of(args, None, network=network_name(args))
     aside = FREE | {"dataset", "n_train"}
     if not args["p_x_weight"] and not args["p_x_y_weight"]:
         aside = aside | sampler_flags()

@@ -223,7 +223,7 @@ def open_any(path):
         content = check(content, path)
         try:
             check_config(content["config"])
-            model = JEM.wide_resnet(**content["config"])
+            model = JEM.build(**content["config"])
             model.load_state_dict(content["model"])
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: its weights do not fit its network "
@@ -242,7 +242,8 @@ def open_any(path):
 
 def check_config(config):
     """ValueError for a network beyond all use, before memory is taken for it."""
-    if not (config["depth"] <= 1000 and config["width"] <= 100 and config["n_classes"] <= 100_000):
+    most = {"depth": 1000, "width": 100}
+    if any(isinstance(v, int) and v > most.get(k, 100_000) for k, v in config.items()):
         raise ValueError(f"no network of this size is evaluated: {config}")
 
 

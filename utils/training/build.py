@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from models import JEM
 from samplers import ClassGaussians, ReplayBuffer, UniformInit, make_init
 from utils import distributed
-from utils.cli import n_parts, per_class
+from utils.cli import n_parts, network_config, per_class
 from utils.data import Images, TrainData, load_splits, spec_of
 from utils.files.checkpoint import State, own_share, stream_seed
 from utils.files.records import jsonable
@@ -72,8 +72,7 @@ def new_state(args, data, p0, origin, rollbacks=0):
 def new_model(args, data):
     """The network on its device, in train mode, its gradients allocated."""
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    model = JEM.wide_resnet(depth=args.depth, width=args.width, n_classes=data.spec.n_classes,
-                            norm=args.norm, bn_momentum=args.bn_momentum)
+    model = JEM.build(args.network, n_classes=data.spec.n_classes, **network_config(args))
     if args.sync_bn and distributed.world() > 1:
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(data.device, memory_format=layout).train()
