@@ -185,7 +185,7 @@ def described(used, whole=True):
     last = used[-1]
     if last["metric"] == "iteration_ms":
         s = timed(last)
-        network = last["training"].get("network", f"WRN-{s['depth']}-{s['width']}")
+        network = (last.get("training") or {}).get("network", f"WRN-{s['depth']}-{s['width']}")
         words = [f"one iteration of {network}", f"batch {s['batch_size']}"]
     elif last["training"] is None:
         hashes = listed([str(r["checkpoint"]["sha256"])[:8] for r in used])
