@@ -14,7 +14,8 @@ from utils import cli
 from utils.evaluation.evaluations import EVALUATIONS
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh")) + [ROOT / ".ci" / "run"]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MANUAL = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
@@ -62,7 +63,7 @@ def test_readmes_evaluation_commands_parse(words):
 
 
 def test_readmes_flags_for_the_papers_models_parse():
-    section = README.split("The baselines of the paper are flags")[1].split("## Evaluate")[0]
+    section = README.split("The paper's models are flags")[1].split("## Evaluate")[0]
     rows = [row.split("|")[2] for row in section.splitlines() if row.count("|") == 3]
     flags = [words for row in rows for words in re.findall(r"`(--[^`]+)`", row)]
     assert len(flags) >= 8
@@ -112,3 +113,28 @@ def test_every_table_and_figure_script_runs_at_tiny_scale(tmp_path):
     done = subprocess.run(["bash", "scripts/table5.sh"], cwd=ROOT, env=env, text=True)
     assert done.returncode == 0
     assert len((out / "table5.jsonl").read_text().splitlines()) == lines["table5.jsonl"]
+
+
+def test_readme_is_short_enough_to_be_read():
+    assert len(README.splitlines()) <= 220
+
+
+def test_readmes_five_lines_of_python_run_as_printed():
+    (snippet,) = re.findall("```python\n(.*?)```", README, flags=re.S)
+    assert len(snippet.splitlines()) == 5
+    found = {}
+    exec(snippet.replace("16, y=5, n_steps=20", "4, y=5, n_steps=2"), found)
+    assert found["x"].shape == (4, 3, 32, 32) and found["p"].shape == (4, 10)
+    assert found["score"].shape == (4,) and not found["jem"].training
+
+
+def test_the_manuals_list_of_flags_that_may_change_is_the_codes():
+    listed = MANUAL.split("free flags:begin")[1].split("free flags:end")[0]
+    assert {name.strip("`.-") for name in re.findall(r"--\w+", listed)} == cli.FREE
+    assert all(f"--{name}" in MANUAL for name in cli.SCHEDULE)
+
+
+def test_every_script_of_a_table_or_figure_is_in_the_manual():
+    for script in (ROOT / "scripts").glob("*.sh"):
+        if script.name.startswith(("table", "fig")):
+            assert f"scripts/{script.name}" in MANUAL
