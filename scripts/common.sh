@@ -1,11 +1,14 @@
 # Sourced by the table and figure scripts. What they take from the environment:
 #   SCALE  paper (default): the paper's runs. small: WRN-10-1 on 4,800 images of the same data, a
-#          CPU evening. tiny: a smoke run of a minute on digits.
+#          CPU evening. digits: WRN-10-1 on digits to the end of the paper's schedule in miniature,
+#          minutes a row on one CPU core. tiny: a smoke run of a minute on digits.
 #   SEEDS  training seeds, "1" by default; "1 2 3" gives mean and standard deviation.
 #   DATA   folder of the data sets (data). RUNS: run folders (runs/$SCALE). OUT: records (results;
-#          tiny: a folder beside the runs, so that a smoke run leaves the real records alone).
+#          digits: results/digits; tiny: a folder beside the runs, so that a smoke run leaves the
+#          real records alone).
 # Words of the command line go to train_jempp.py. Finished runs and evaluations are skipped, stopped
-# ones go on; a run that diverges is recorded as one.
+# ones go on. Rollbacks and runs that diverge for good are recorded as such. What cannot be trained or
+# measured is left out in one line: the rest goes on, and the exit code at the end is not 0.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -x .venv/bin/python ] && export PATH="$PWD/.venv/bin:$PATH"
@@ -26,31 +29,46 @@ case $SCALE in
            EVAL+=(--attack_restarts 1 --attack_steps 2 --n_attack 20 --chain_steps 10
                  --chain_batch 20 --n_images 100 --is_splits 2 --kid_subset_size 20 --eps_linf 8 --eps_l2 0.5
                  --ood interp uniform) ;;
-    *) echo "SCALE is paper, small or tiny, not $SCALE" >&2; exit 2 ;;
+    digits) LABELLED=64 DATASETS=${DATASETS:-digits} OUT=${OUT:-results/digits}
+            SIZE=(--dataset digits --depth 10 --width 1 --batch_size 32 --n_epochs 75
+                  --warmup_iters 50 --decay_epochs 25 50 62 --buffer_size 290 --print_every 20
+                  --keep_every 25 --num_threads 1 --fast)
+            EVAL+=(--attack_restarts 2 --n_attack 300 --chain_steps 200 --is_splits 2
+                   --kid_subset_size 100 --ood interp uniform constant) ;;
+    *) echo "SCALE is paper, small, digits or tiny, not $SCALE" >&2; exit 2 ;;
 esac
 if [ "$SCALE" = tiny ]; then OUT=${OUT:-$RUNS/results}; else OUT=${OUT:-results}; fi
 mkdir -p "$RUNS" "$OUT/figures"
 
-# The paper's baselines as flags; JEM++ is the defaults.
+# The paper's baselines as flags; JEM++ is the defaults. A run goes back on divergence, as by default,
+# except where the paper's point is that the method diverges: those rows stop.
+STOP=(--on_divergence stop)
 SOFTMAX=(--p_x_weight 0)
-JEM=(--norm none --init uniform --optimizer adam --weight_decay 0 --in_steps 0 --sgld_lr 1
-     --sgld_std 0.01 --n_steps 20 --eps inf --no-pixel_clamp --sample_mode eval --n_epochs 200
-     --decay_epochs 160 180 --decay_rate 0.3)
+JEM=($(<scripts/jem.flags))
 IGEBM=("${JEM[@]}" --p_x_weight 0 --p_y_given_x_weight 0 --p_x_y_weight 1)  # as near as flags come
+JEM+=("${STOP[@]}")
+
+# left_out CODE WHAT: say what is left out, for the reason printed above, and go on. A signal, or a
+# run that was stopped before its end, ends the script.
+MISSED=0
+trap 'code=$?; exit $((code ? code : MISSED))' EXIT
+left_out() {
+    if [ "$1" = 75 ] || [ "$1" -ge 128 ]; then exit "$1"; fi
+    MISSED=$1
+    echo "left out: $2" >&2
+}
 
 ended() { grep -q "\"kind\": \"end\".*\"reason\": \"$2\"" "$RUNS/$1/train.jsonl" 2>/dev/null; }
 
-# train RUN FLAGS...: train RUN-seed$SEED or go on with it. Returns 1 where it diverged.
+# train RUN FLAGS...: train RUN-seed$SEED or go on with it. Returns 3 where it diverged for good.
 train() {
-    local run=$1-seed$SEED code=0
+    local run=$1-seed$SEED
     shift
-    if ended "$run" diverged; then return 1; fi
+    if ended "$run" diverged; then return 3; fi
     if ! ended "$run" finished; then
         echo "== $run"
-        # a table shows what diverges: --on_divergence stop, not the default's rollback
         python train_jempp.py --data_root "$DATA" --run_dir "$RUNS/$run" --seed "$SEED" \
-            --on_divergence stop "$@" "${SIZE[@]}" ${WORDS[@]+"${WORDS[@]}"} || code=$?
-        case $code in 0) ;; 3) return 1 ;; *) exit $code ;; esac
+            "$@" "${SIZE[@]}" ${WORDS[@]+"${WORDS[@]}"} || return $?
         ended "$run" finished || exit 75  # --max_steps among the words: run again to go on
     fi
 }
@@ -65,10 +83,10 @@ measure() {
     [ -e "$done" ] && return
     mkdir -p "$RUNS/$run/eval"
     rm -f "$file"
-    python scripts/record_run.py "$RUNS/$run" --method "$method" --results "$file"
+    python scripts/record_run.py "$RUNS/$run" --method "$method" --results "$file" || return $?
     if [ -e "$RUNS/$run/best.pt" ]; then
         python eval_jempp.py --load_path "$RUNS/$run/best.pt" --labels "$method" --method "$method" \
-            --results "$file" --data_root "$DATA" "${EVAL[@]}" "$@"
+            --results "$file" --data_root "$DATA" "${EVAL[@]}" "$@" || return $?
     fi
     touch "$done"
     cat "$file" >> "$OUT/$table.jsonl"
@@ -81,14 +99,20 @@ row() {
     while [ "$1" != -- ]; do flags+=("$1"); shift; done
     shift
     for SEED in $SEEDS; do
-        train "$run" "${flags[@]}" || echo "$run-seed$SEED diverged: recorded as such"
-        measure "$table" "$method" "$run" "$@"
+        local code=0
+        train "$run" "${flags[@]}" || code=$?
+        if [ $code = 3 ]; then echo "$run-seed$SEED diverged: recorded as such"; code=0; fi
+        if [ $code = 0 ]; then measure "$table" "$method" "$run" "$@" || code=$?; fi
+        [ $code = 0 ] || left_out $code "$method, seed $SEED ($table)"
     done
 }
 
-# The network whose features stand in for Inception (fd_features): the softmax model, seed 1.
+# FID: what to evaluate of generated images. The network whose features stand in for Inception
+# (fd_features) is the softmax model, seed 1.
 features() {
-    SEED=1 train softmax "${SOFTMAX[@]}" ||
-        { echo "the softmax network diverged: there are no features to judge by" >&2; exit 3; }
-    FEATURES=(--features "$RUNS/softmax-seed1/best.pt")
+    local code=0
+    SEED=1 train softmax "${SOFTMAX[@]}" || code=$?
+    FID=(fid)
+    if [ $code = 0 ]; then FID+=(--features "$RUNS/softmax-seed1/best.pt")
+    else left_out $code "fd_features: there is no softmax network"; fi
 }

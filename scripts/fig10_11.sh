@@ -5,7 +5,7 @@
 source "$(dirname "$0")/common.sh"
 
 for NAME in ${DATASETS:-cifar10 cifar100}; do
-    if [ "$NAME" = cifar10 ]; then PREFIX=; else PREFIX=$NAME-; fi
+    case $NAME in cifar10|digits) PREFIX= ;; *) PREFIX=$NAME- ;; esac
     row ece "Standard Softmax" "${PREFIX}softmax" --dataset "$NAME" "${SOFTMAX[@]}" \
         -- --eval calibration
     row ece "JEM (K=20)" "${PREFIX}jem-k20" --dataset "$NAME" "${JEM[@]}" -- --eval calibration

@@ -6,5 +6,5 @@ source "$(dirname "$0")/common.sh"
 if [ "$SCALE" = tiny ]; then DATASETS=digits; fi
 for NAME in ${DATASETS:-cifar10 cifar100 svhn}; do
     python scripts/figures.py p0 --dataset "$NAME" --data_root "$DATA" \
-        --out "$OUT/figures/p0_$NAME.png" || echo "left out: $NAME"
+        --out "$OUT/figures/p0_$NAME.png" || left_out $? "$NAME"
 done

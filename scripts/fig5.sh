@@ -1,21 +1,28 @@
 #!/usr/bin/env bash
 # Fig. 5: learning curves (test accuracy against epoch, a divergence marked) of JEM++ with M = 5, 10, 20,
-# without proximity, and of JEM. Uses and completes the runs of table2.sh and table5.sh.
+# without proximity, and of JEM. Uses and completes the runs of table2.sh and table5.sh. The points are
+# records in OUT/fig5.jsonl.
 source "$(dirname "$0")/common.sh"
 
-for SEED in $SEEDS; do
-    for M in 5 10 20; do train "jempp-m$M" --n_steps $M || true; done
-    train no-proximity --eps inf || true
-    train jem-k20 "${JEM[@]}" || true
-done
 LINES=()
-line() {  # line LABEL RUN: the runs of one line, over all seeds
-    LINES+=(--line "$1")
-    for SEED in $SEEDS; do LINES+=("$RUNS/$2-seed$SEED"); done
+line() {  # line LABEL RUN FLAGS...: the runs of one line, over all seeds
+    local label=$1 run=$2 runs=()
+    shift 2
+    for SEED in $SEEDS; do
+        local code=0
+        train "$run" "$@" || code=$?
+        if [ $code = 0 ] || [ $code = 3 ]; then  # 3: it diverged, and its curve ends there
+            runs+=("$RUNS/$run-seed$SEED")
+        else
+            left_out $code "$label, seed $SEED"
+        fi
+    done
+    if [ ${#runs[@]} -gt 0 ]; then LINES+=(--line "$label" "${runs[@]}"); fi
 }
-line "M=5" jempp-m5
-line "M=10" jempp-m10
-line "M=20" jempp-m20
-line "M=10, w/o proximity" no-proximity
-line "JEM, K=20" jem-k20
-python scripts/figures.py curves --out "$OUT/figures/fig5_$SCALE.png" "${LINES[@]}"
+line "M=5" jempp-m5 --n_steps 5
+line "M=10" jempp-m10 --n_steps 10
+line "M=20" jempp-m20 --n_steps 20
+line "M=10, w/o proximity" no-proximity --eps inf
+line "JEM, K=20" jem-k20 "${JEM[@]}"
+python scripts/figures.py curves --records "$OUT/fig5.jsonl" --out "$OUT/figures/fig5_$SCALE.png" \
+    ${LINES[@]+"${LINES[@]}"}

@@ -2,11 +2,13 @@
 """Figures that span runs or need none: class centres, learning curves, evolution, robustness.
 
     python scripts/figures.py p0 --dataset cifar10 --out p0.png                     # Figs 2, 7, 8
-    python scripts/figures.py curves --line M=10 runs/a runs/b --out fig5.png       # Fig. 5
+    python scripts/figures.py curves --line M=10 runs/a runs/b --out fig5.png       # Fig. 5; its
+                                     points go to --records fig5.jsonl
     python scripts/figures.py evolution --records fig6.jsonl --out fig6.png         # Fig. 6
     python scripts/figures.py robustness --records fig9.jsonl --out fig9            # Fig. 9
 """
 
+import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -15,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
+from models import network_name  # noqa: E402
 from samplers import ClassGaussians  # noqa: E402
+from scripts.tables import sources  # noqa: E402
 from utils import (  # noqa: E402
     flags,  # noqa: E402
     plots,
@@ -44,28 +48,58 @@ def p0(args):
 
 
 def curves(args):
-    """Test accuracy against epoch: a line a run, a colour a model, a cross where one diverged."""
+    """Test accuracy against epoch: a line a run, a colour a model, a cross where one diverged. The
+    points are written to --records, in place of older ones of the same run folders."""
     figure, axis = plots.plt.subplots(figsize=(6, 4))
+    points = []
     for number, (label, *runs) in enumerate(args.line):
         for k, run in enumerate(runs):
             log = records.read_jsonl(Path(run) / "train.jsonl")
             if not log:
                 raise program.InputError(f"{run} holds no train.jsonl")
-            points = [(r["epoch"], 100 * r["test_accuracy"]) for r in log if r["kind"] == "eval"]
-            epochs, accuracy = zip(*points, strict=True) if points else ((), ())
-            axis.plot(epochs, accuracy, ".-", color=f"C{number}", alpha=0.8,
-                      label=label if k == 0 else None)
-            if log[-1].get("reason") == "diverged":
-                at = log[-1]["step"] / log[0]["steps_per_epoch"]
-                axis.plot([at], [accuracy[-1] if accuracy else 0], "x", color=f"C{number}",
-                          markersize=9, markeredgewidth=2)
+            draw_curve(axis, log, f"C{number}", label if k == 0 else None)
+            points += points_of(label, run, log)
+    trained = log[0]["args"]
     axis.set(xlabel="epoch", ylabel="test accuracy, %",
-             title=f"{log[0]['args']['dataset']}, {log[0]['network']}, "
+             title=f"{trained['dataset']}, {network_name(trained)}, "
                    f"{log[0]['n_train']} images (x: diverged)")
     axis.title.set_fontsize(9)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     plots.save_figure(args.out, figure)
+    if args.records:
+        drawn = {point["checkpoint"]["path"] for point in points}
+        older = [r for r in records.read_jsonl(args.records)
+                 if r["checkpoint"]["path"] not in drawn]
+        records.write_jsonl(args.records, older + points)
+
+
+def draw_curve(axis, log, color, label):
+    points = [(r["epoch"], 100 * r["test_accuracy"]) for r in log if r["kind"] == "eval"]
+    epochs, accuracy = zip(*points, strict=True) if points else ((), ())
+    axis.plot(epochs, accuracy, ".-", color=color, alpha=0.8, label=label)
+    if log[-1].get("reason") == "diverged":
+        at = log[-1]["step"] / log[0]["steps_per_epoch"]
+        axis.plot([at], [accuracy[-1] if accuracy else 0], "x", color=color,
+                  markersize=9, markeredgewidth=2)
+
+
+def points_of(label, run, log):
+    """A record for each evaluation during a run: the points of its curve."""
+    header = log[0]
+    for r in log:
+        if r["kind"] == "eval":
+            yield {
+                "metric": "accuracy", "value": r["test_accuracy"], "unit": "fraction",
+                "n": header["n_test"],
+                "protocol": {"split": "test", "sigma": 0.0, "figure": "fig5"},
+                "checkpoint": {"path": str(run), "sha256": None, "step": r["step"],
+                               "epoch": r["epoch"]},
+                "overrides": {}, "method": label, "dataset": header["args"]["dataset"],
+                "seed": header["args"]["seed"],
+                "training": records.training_of(header["args"], r["step"], header.get("sampler"),
+                                                header.get("network")),
+                "env": header["env"], "seconds": None, "time": log[-1].get("time")}
 
 
 def evolution(args):
@@ -86,25 +120,50 @@ def evolution(args):
 
 
 def robustness(args):
-    """Accuracy against budget, a line a method and attack (latest record of each point)."""
-    lines = defaultdict(lambda: defaultdict(dict))
-    n = 0
-    for r in records.read_jsonl(args.records):
-        if r["metric"] == "robust_accuracy":
-            p, n = r["protocol"], r["n"]
-            lines[p["norm"]][r["method"], p["attack"]][p.get("eps_255", p.get("eps"))] = r["value"]
+    """Accuracy against budget: a line a method and attack, the mean over seeds and its spread."""
+    lines = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    found = [r for r in records.read_jsonl(args.records) if r["metric"] == "robust_accuracy"]
+    if not found:
+        raise program.InputError(f"{args.records} holds no robust_accuracy")
+    kept = belonging_together(sources.by_time(found))
+    if len(kept) < len(found):
+        program.say(f"left out: {len(found) - len(kept)} records of {args.records} that are of "
+                    "another network, data set or number of images than the latest, or of a method "
+                    "trained in another way than its latest")
+    for r in kept:  # of a seed, the latest record of a point counts
+        p = r["protocol"]
+        eps = p.get("eps_255", p.get("eps"))
+        lines[p["norm"]][r["method"], p["attack"]][float(eps)][sources.seed_of(r)] = r["value"]
     for norm, curves_of in lines.items():
-        points = {key: tuple(zip(*sorted(line.items()), strict=True))
-                  for key, line in curves_of.items()}
+        points = {key: mean_and_spread(line) for key, line in curves_of.items()}
         plots.save_figure(f"{args.out}_{norm}.png", plots.robustness_curves(
-            points, norm, f"Accuracy under attack, n = {n}"))
+            points, norm, f"Accuracy under attack, n = {kept[-1]['n']}"))
+
+
+def belonging_together(found):
+    """Of records, oldest first, those that one figure may show: the latest one's data set, network
+    and number of images, and of each method one way of training."""
+    def scene(r):
+        t = r["training"] or {}
+        return r["dataset"], r["n"], t.get("depth"), t.get("width"), t.get("n_train")
+
+    same = [r for r in found if scene(r) == scene(found[-1])]
+    methods = dict.fromkeys(r["method"] for r in same)
+    return [r for method in methods for r in sources.of_row(method, found[-1]["dataset"], same)]
+
+
+def mean_and_spread(line):
+    """{eps: {seed: accuracy}} -> (eps, means, sample standard deviations), in order of eps."""
+    values = [(eps, list(by_seed.values())) for eps, by_seed in sorted(line.items())]
+    return ([eps for eps, _ in values], [statistics.mean(v) for _, v in values],
+            [statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in values])
 
 
 def main(argv=None):
     p = program.parser(__doc__.splitlines()[0])
     p.add_argument("figure", choices=("p0", "curves", "evolution", "robustness"))
     p.add_argument("--out", required=True, help="the picture (robustness: without _linf.png)")
-    p.add_argument("--records", default=None, help="a results file")
+    p.add_argument("--records", default=None, help="a results file (curves: written, not read)")
     p.add_argument("--line", nargs="+", action="append", default=[], metavar="LABEL RUN...",
                    help="a label and its run folders; may be repeated")
     flags.add_data(p)

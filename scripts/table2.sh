@@ -7,8 +7,8 @@ source "$(dirname "$0")/common.sh"
 
 features
 for M in 5 10 20; do
-    row table2 "JEM++ (M=$M)" "jempp-m$M" --n_steps $M -- --eval accuracy fid "${FEATURES[@]}"
+    row table2 "JEM++ (M=$M)" "jempp-m$M" --n_steps $M -- --eval accuracy "${FID[@]}"
 done
-row table2 "JEM (K=20)" jem-k20 "${JEM[@]}" -- --eval accuracy fid "${FEATURES[@]}"
-row table2 "IGEBM" igebm "${IGEBM[@]}" -- --eval accuracy fid "${FEATURES[@]}"
+row table2 "JEM (K=20)" jem-k20 "${JEM[@]}" -- --eval accuracy "${FID[@]}"
+row table2 "IGEBM" igebm "${IGEBM[@]}" -- --eval accuracy "${FID[@]}"
 row table2 "WRN w/ BN" softmax "${SOFTMAX[@]}" -- --eval accuracy

@@ -85,11 +85,16 @@ def score_histograms(score_in, outs, name_in, score_name, title):
 
 
 def robustness_curves(curves, norm, title):
-    """Accuracy against budget, one line per (label, attack) in ``curves`` (Fig. 9)."""
+    """Accuracy against budget (Fig. 9). ``curves``: {(label, attack): (eps, accuracy)}, or (eps,
+    mean, spread). A label has one colour, an attack one style of line."""
     figure, axis = plt.subplots(figsize=(5, 3.6))
-    for (label, attack), (eps, accuracy) in curves.items():
-        axis.plot(eps, 100 * np.asarray(accuracy), "o-" if attack == "pgd" else "s--",
-                  markersize=3.5, linewidth=1.3, label=f"{label}, {attack}")
+    labels = list(dict.fromkeys(label for label, _ in curves))
+    styles = {"pgd": "o-", "margin": "s--", "autoattack": "^:"}
+    for (label, attack), (eps, accuracy, *spread) in curves.items():
+        axis.errorbar(eps, 100 * np.asarray(accuracy),
+                      yerr=100 * np.asarray(spread[0]) if any(map(any, spread)) else None,
+                      fmt=styles[attack], color=f"C{labels.index(label)}", capsize=2,
+                      markersize=3.5, linewidth=1.3, label=f"{label}, {attack}")
     axis.set(xlabel="ε · 255, L∞" if norm == "linf" else "ε, L2 (images in [0, 1])",
              ylabel="accuracy, %", ylim=(0, 100), title=title)
     axis.title.set_fontsize(9)

@@ -34,7 +34,8 @@ def compared(title, own_records, script):
     lines = [f"### {title}", "", markdown_row(head),
              markdown_row(["---"] + ["---:"] * (len(head) - 1))]
     used, datasets, in_time = [], {}, sources.by_time(own_records)
-    for method, dataset in dict.fromkeys((r["method"], r["dataset"]) for r in own_records):
+    for method, dataset in dict.fromkeys((r["method"], r["dataset"]) for r in own_records
+                                         if r["metric"] in ("accuracy", "diverged")):
         of_row = sources.of_row(method, dataset, in_time)
         lost = {sources.seed_of(r) for r in of_row if r["metric"] == "diverged"}
         cells = [mean(of_row, metric, lost) for metric in metrics]

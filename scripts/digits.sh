@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# The rows of Tables 2 and 5 on digits, trained to the end of the paper's schedule in miniature, three
+# seeds: accuracy, calibration, the last energy gap, divergences and rollbacks, and fd_features as judged
+# by the softmax network. 5 to 40 minutes a row and seed on one CPU core. Records: results/digits/rows.jsonl.
+SCALE=digits SEEDS=${SEEDS:-1 2 3}
+source "$(dirname "$0")/common.sh"
+
+features
+ALL=(--eval accuracy calibration "${FID[@]}")
+row rows "WRN w/ BN" softmax "${SOFTMAX[@]}" -- --eval accuracy calibration
+for M in 5 10 20; do row rows "JEM++ (M=$M)" "jempp-m$M" --n_steps $M -- "${ALL[@]}"; done
+row rows "JEM (K=20)" jem-k20 "${JEM[@]}" -- "${ALL[@]}"
+row rows "w/o Proximity" no-proximity --eps inf -- "${ALL[@]}"
+row rows "w/ Adam" adam --optimizer adam -- "${ALL[@]}"
+row rows "random init (w/ BN)" uniform-bn --init uniform -- "${ALL[@]}"
+row rows "random init (w/o BN)" uniform-no-bn "${STOP[@]}" --init uniform --norm none \
+    --optimizer adam -- "${ALL[@]}"
+row rows "informative init (w/o BN)" informative-no-bn --norm none --optimizer adam -- "${ALL[@]}"
