@@ -8,7 +8,11 @@ import pytest
 from helpers import ROOT
 
 from scripts import make_tables
+from scripts.tables import protocol
+from scripts.tables.cells import shortfalls
 from scripts.tables.sources import NUMBER
+from utils import cli
+from utils.files.records import training_of
 
 PAPER = [json.loads(line) for line in (ROOT / "results" / "paper.jsonl").read_text().splitlines()]
 NUMBERS = [n for n in PAPER if n["table"] != "protocol"]
@@ -356,3 +360,105 @@ def test_ours_alone_are_means_over_training_seeds_without_those_that_diverged(ta
     assert code == 0, err
     assert "| `base` | 60.00 ± 14.14† | 0.20 ± 0.14† | 2 | 0 | 0 |" in out
     assert "| `sam` | 60.00† | 0.20† | 2 | 1 | 0 |" in out
+
+
+# --------------------------------------------------- records that tell all arguments of a run
+
+def whole(metric, value, method="JEM++ (M=10)", *, flags=(), **more):
+    """A record of the second kind: ``training`` as the run's resolved arguments give it."""
+    old = record(metric, value, method, **more)
+    words = [*protocol.ROWS.get(method, "").split(), *flags, "--seed", str(more.get("seed", 1))]
+    args = vars(cli.train_args(["--dataset", old["dataset"], *words]))
+    return old | {"training": training_of(args, more.get("step", 703 * args["n_epochs"]),
+                                          "PYLD-10-5", "WRN-28-10")}
+
+
+@pytest.mark.parametrize("row", protocol.ROWS)
+def test_the_papers_run_of_each_row_has_no_dagger(row):
+    assert not shortfalls({"row": row, "dataset": "cifar10", "column": "accuracy"},
+                          whole("accuracy", 0.9, row, step=10**9), [])
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--p_x_weight", "0.1"], "p_x_weight 0.1 (paper 1)"), (["--eps", "inf"], "eps inf (paper 1)"),
+    (["--ema", "0.99"], "ema 0.99 (paper 0)"), (["--amp", "bf16"], "amp bf16 (paper off)"),
+    (["--labelled_batch", "128"], "labelled_batch 128 (paper 64)"),
+    (["--clean_p_x"], "clean_p_x on (paper off)"),
+    (["--decay_epochs", "9", "99"], "decay_epochs 9 99 (paper 50 100 125)")])
+def test_any_argument_that_is_not_the_papers_has_a_dagger_and_is_named(tables, flags, words):
+    found = whole("accuracy", 0.9, flags=flags, step=10**9)
+    text, rows = table_of(tables({"table2": [found]})[1], "Table 2")
+    assert rows["JEM++ (M=10)"][1] == "90.0†"
+    assert f"; {words}." in text and text.count("(paper") == 1
+
+
+def test_a_run_that_only_treats_divergence_otherwise_is_the_papers(tables):
+    found = whole("accuracy", 0.9, flags=["--max_gap", "20", "--on_divergence", "stop"])
+    assert table_of(tables({"table2": [found]})[1], "Table 2")[1]["JEM++ (M=10)"][1] == "90.0"
+
+
+def test_what_a_softmax_network_never_samples_with_is_not_compared(tables):
+    found = whole("accuracy", 0.95, "WRN w/ BN", flags=["--n_steps", "5", "--eps", "inf"])
+    assert table_of(tables({"table2": [found]})[1], "Table 2")[1]["WRN w/ BN"][1] == "95.0"
+
+
+def test_runs_that_differ_only_in_a_weight_are_not_averaged_as_seeds(tables):
+    found = [whole("accuracy", 0.80, seed=1, flags=["--p_x_weight", "0.1"]),
+             whole("accuracy", 0.90, seed=2), whole("accuracy", 0.92, seed=3)]
+    code, out, err = tables({"table2": found})
+    assert code == 0 and table_of(out, "Table 2")[1]["JEM++ (M=10)"][1] == "91.0 ± 1.4 (n=2)"
+    assert "1 records of 'JEM++ (M=10)' trained with other settings" in err
+
+
+def test_old_and_new_records_live_in_one_file(tables):
+    """What the old ones do not tell is not compared; the new ones are, also where an old one came
+    last and would go with either."""
+    old = record("accuracy", 0.94, seed=1)
+    new, other = whole("accuracy", 0.90, seed=2), whole("accuracy", 0.1, seed=3,
+                                                        flags=["--p_x_weight", "0.1"])
+    for order in ([old, other, new], [other, new, old]):
+        _, out, err = tables({"table2": order})
+        assert table_of(out, "Table 2")[1]["JEM++ (M=10)"][1] == "92.0 ± 2.8 (n=2)"
+        assert "1 records of" in err
+
+
+def test_a_footnote_of_several_rows_says_which_row_is_otherwise(tables):
+    found = [whole("accuracy", 0.9, "JEM++ (M=5)", flags=["--depth", "16", "--p_x_weight", "0.1"]),
+             whole("accuracy", 0.9, "JEM++ (M=10)", flags=["--depth", "16"])]
+    text, _ = table_of(tables({"table2": found})[1], "Table 2")
+    assert "† JEM++ (M=5), JEM++ (M=10): WRN" in text
+    assert "; JEM++ (M=5): p_x_weight 0.1 (paper 1)." in text
+
+
+def test_rollbacks_are_shown(tables):
+    def steps(seed, rollbacks):
+        return whole("steps", 105450, seed=seed, n=1,
+                     protocol={"reason": "finished", "rollbacks": rollbacks})
+
+    found = [whole("accuracy", 0.9, seed=1), steps(1, 2), whole("accuracy", 0.9, seed=2),
+             steps(2, 1)]
+    _, rows = table_of(tables({"table2": found})[1], "Table 2")
+    assert rows["JEM++ (M=10)"][1] == "90.0 ± 0.0 (n=2); 3 rollbacks"
+    assert rows["JEM++ (M=10)"][4] == "–"
+
+
+def test_digits_have_a_section_of_their_own_and_stay_out_of_the_papers_tables(tables):
+    words = ["--depth", "10", "--width", "1", "--n_epochs", "75"]
+
+    def run(method, seed, accuracy, rollbacks=0):
+        more = {"dataset": "digits", "seed": seed, "step": 3000, "flags": words}
+        return [whole("accuracy", accuracy, method, n=360, **more),
+                whole("energy_gap", 0.5, method, protocol={}, **more),
+                whole("steps", 3000, method, **more,
+                      protocol={"reason": "finished", "rollbacks": rollbacks})]
+
+    (tables.folder / "digits").mkdir()
+    lost = whole("diverged", 90, "JEM (K=20)", dataset="digits", flags=words, step=90, n=1)
+    found = [*run("JEM++ (M=10)", 1, 0.96), *run("JEM++ (M=10)", 2, 0.98, 2), lost]
+    code, out, err = tables({"digits/rows": found})
+    assert (code, err) == (0, "")
+    text, rows = table_of(out, make_tables.DIGITS)
+    assert rows["`JEM++ (M=10)`"] == ["97.00 ± 1.41†", "0.50 ± 0.00†", "2", "0", "2"]
+    assert rows["`JEM (K=20)`"] == ["–", "–", "1", "1", "0"]
+    assert "75 epochs of all images (3,000 steps)" in text and "scripts/digits.sh" in text
+    assert table_of(out, "Table 2")[1]["JEM++ (M=10)"][1] == "–"

@@ -161,11 +161,13 @@ def provenance(number, used, full_scale):
 
 
 def word(value):
-    """5000 -> "5,000"; True -> "on"; [25, 50] -> "25 50"."""
+    """5000 -> "5,000"; 1.0 -> "1"; True -> "on"; [25, 50] -> "25 50"."""
     if isinstance(value, list):
         return " ".join(map(word, value)) or "none"
     if value is None or isinstance(value, bool):
         return {None: "none", True: "on", False: "off"}[value]
+    if isinstance(value, float):
+        return f"{value:g}"
     return value if isinstance(value, str) else f"{value:,}"
 
 

@@ -1,0 +1,217 @@
+"""What a record says of its run, and what the table and figure scripts train."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+from helpers import ROOT
+
+import eval_jempp
+from scripts import figures, record_run
+from scripts.tables.protocol import JEM, papers_training
+from utils import cli, plots
+from utils.files import records
+
+# ------------------------------------------------------------------------ what a record says
+
+NAMES = {"sampler": "PYLD-5-5", "network": "WRN-10-1"}
+
+
+def a_run(folder, words=(), evals=(0.5, 0.75), seed=1, **end):
+    """A run folder as train_jempp.py leaves it, but for the checkpoints."""
+    args = records.jsonable(vars(cli.train_args(
+        ["--depth", "10", "--width", "1", "--n_steps", "5", "--seed", str(seed), *words])))
+    folder.mkdir()
+    records.write_jsonl(folder / "train.jsonl", [
+        {"kind": "header", "step": 0, "args": args, "env": {"device": "cpu"}, "n_test": 100,
+         "n_train": 200, "steps_per_epoch": 3, **NAMES},
+        *({"kind": "eval", "step": 3 * epoch, "epoch": epoch, "test_accuracy": value}
+          for epoch, value in enumerate(evals, 1)),
+        {"kind": "end", "step": 6, "reason": "finished", "detail": "", "rollbacks": 2,
+         "time": "2026-01-01T00:00:00Z"} | end])
+    return folder
+
+
+def test_a_record_tells_every_argument_but_the_machines():
+    args = vars(cli.train_args(["--p_x_weight", "0.1", "--eps", "inf", "--ema", "0.9"]))
+    told = records.training_of(args, 7, **NAMES)
+    assert told.items() >= {"p_x_weight": 0.1, "eps": "inf", "ema": 0.9, "labelled_batch": 64,
+                            "pyld_lr": 0.2, "max_gap": 1000.0, "step": 7, **NAMES}.items()
+    assert args.keys() - told.keys() == records.ASIDE & args.keys()
+    assert args.keys() >= records.ASIDE | records.GUARD
+    computed = (cli.FREE | cli.MACHINE) - records.ASIDE - records.GUARD
+    assert computed == {"batch_size", "accumulate"}
+
+
+def test_both_programs_that_write_records_say_the_same(tmp_path, call):
+    run = a_run(tmp_path / "run", ["--p_x_weight", "0.1"])
+    assert call(record_run.main, [run, "--method", "M", "--results", tmp_path / "out"])[0] == 0
+    (steps,) = records.read_jsonl(tmp_path / "out")
+    args = records.read_jsonl(run / "train.jsonl")[0]["args"]
+    assert steps["training"]["p_x_weight"] == 0.1 and steps["protocol"]["rollbacks"] == 2
+    opened = namedtuple("Opened", "args step")(args, 6)
+    assert eval_jempp.training_of(opened) == steps["training"]
+    assert eval_jempp.training_of(opened._replace(args=None)) is None
+
+
+def test_recording_a_run_waits_for_no_torch():
+    code = "import sys; sys.path.insert(0, '.'); import scripts.record_run; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
+                          check=True)
+    assert "utils.files.records" in done.stdout.split() and "torch" not in done.stdout.split()
+
+
+# ------------------------------------------------------------------------ what scripts train
+
+STUB = '''
+import json, pathlib, sys
+program, *words = sys.argv[1:]
+def after(flag):
+    return words[words.index(flag) + 1]
+with open({calls!r}, "a") as file:
+    file.write(json.dumps([program, *words]) + "\\n")
+if program == "train_jempp.py":
+    if {broken!r} and {broken!r} in words:
+        sys.exit("no such data") if {code} == 1 else sys.exit({code})
+    run = pathlib.Path(after("--run_dir"))
+    run.mkdir(parents=True)
+    (run / "train.jsonl").write_text('{{"kind": "end", "reason": "finished"}}\\n')
+if program.endswith("record_run.py"):
+    open(after("--results"), "a").write("{{}}\\n")
+'''
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Run a script in which nothing is computed; returns (exit code, stderr, commands)."""
+    def run(name, broken="", code=2, **env):
+        calls, stub = tmp_path / "calls", tmp_path / "stub.py"
+        calls.write_text("")
+        stub.write_text(STUB.format(calls=str(calls), broken=broken, code=code))
+        env = {"SCALE": "paper", "RUNS": str(tmp_path / "runs"), "OUT": str(tmp_path / "out"),
+               "BASH_FUNC_python%%": f'() {{ {sys.executable} -S {stub} "$@"; }}', **env}
+        done = subprocess.run(["bash", f"scripts/{name}.sh"], cwd=ROOT, text=True,
+                              env=os.environ | env, capture_output=True)
+        return done.returncode, done.stderr, [json.loads(line) for line in open(calls)]
+
+    return run
+
+
+def trained_rows(commands):
+    """{(method, run folder): resolved training arguments} of a script's commands."""
+    runs = {words[words.index("--run_dir") + 1]: cli.train_args(words)
+            for program, *words in commands if program == "train_jempp.py"}
+    return {(words[words.index("--method") + 1], words[0]): runs[words[0]]
+            for program, *words in commands if program.endswith("record_run.py")}
+
+
+@pytest.mark.parametrize(("name", "n_rows"), [("table2", 6), ("table3", 8), ("table5", 6),
+                                              ("table7", 6), ("fig10_11", 8)])
+def test_each_row_of_a_table_script_is_the_papers_run(script, name, n_rows):
+    code, err, commands = script(name)
+    rows = trained_rows(commands)
+    assert (code, err, len(rows)) == (0, "", n_rows)
+    for (method, _), args in rows.items():
+        ours = records.training_of(vars(args), None)
+        paper = papers_training(method, args.dataset)
+        assert {k: ours[k] for k in paper if k in ours} == {k: v for k, v in paper.items()
+                                                            if k != "network"}
+        stops = method in ("JEM (K=20)", "random init (w/o BN)")
+        assert args.on_divergence == ("stop" if stops else "rollback"), method
+
+
+def test_digits_rows_are_the_papers_in_miniature(script):
+    code, err, commands = script("digits", SEEDS="1 2")
+    rows = trained_rows(commands)
+    assert (code, err, len(rows)) == (0, "", 20)
+    for (method, run), args in rows.items():
+        ours, paper = records.training_of(vars(args), None), papers_training(method, "digits")
+        changed = {k: v for k, v in ours.items() if k in paper and v != paper[k]}
+        changed.pop("decay_rate", None)
+        assert {"depth": 10, "width": 1, "batch_size": 32, "global_batch_size": 32,
+                "labelled_batch": 32, "n_epochs": 75, "warmup_iters": 50,
+                "decay_epochs": [25, 50, 62]}.items() == {
+                    k: v for k, v in changed.items() if k != "buffer_size"}.items(), method
+        assert args.buffer_size == 290 and args.fast and args.keep_every == 25
+        assert run.endswith(f"-seed{args.seed}")
+    names = {run.split("/")[-1].rsplit("-", 1)[0] for _, run in rows}
+    assert names == {"softmax", "jempp-m5", "jempp-m10", "jempp-m20", "jem-k20", "no-proximity",
+                     "adam", "uniform-bn", "uniform-no-bn", "informative-no-bn"}
+
+
+def test_scripts_go_on_past_data_that_is_not_there(script):
+    code, err, commands = script("table3", broken="svhn")
+    assert code == 2 and err.count("left out: ") == 4
+    assert {args.dataset for args in trained_rows(commands).values()} == {"cifar100"}
+    assert len(trained_rows(commands)) == 4
+
+
+@pytest.mark.parametrize("code", [75, 130])
+def test_a_script_whose_run_is_stopped_ends_there(script, code):
+    ended, _, commands = script("table3", broken="svhn", code=code)
+    assert ended == code and len(commands) == 1
+
+
+def test_jems_flags_stand_once():
+    assert JEM.count("\n") == 0 and JEM.startswith("--norm none ")
+    holding = [path for path in (ROOT / "scripts").rglob("*.*") if path.suffix != ".pyc"
+               and "--sgld_std 0.01 --n_steps" in path.read_text(encoding="utf-8")]
+    assert [path.name for path in holding] == ["jem.flags"]
+
+
+# ------------------------------------------------------------------------------- figures
+
+def test_points_of_the_learning_curves_are_records(tmp_path, call):
+    runs = [a_run(tmp_path / f"run{seed}", seed=seed) for seed in (1, 2)]
+    file = tmp_path / "fig5.jsonl"
+    for _ in range(2):  # again: in place of those written before
+        code, _, err = call(figures.main, ["curves", "--line", "M=5", *runs, "--records", file,
+                                           "--out", tmp_path / "fig5.png"])
+        assert code == 0, err
+    found = records.read_jsonl(file)
+    assert [(r["method"], r["seed"], r["checkpoint"]["epoch"], r["value"], r["n"])
+            for r in found] == [("M=5", seed, epoch, value, 100) for seed in (1, 2)
+                                for epoch, value in ((1, 0.5), (2, 0.75))]
+    assert found[0]["training"]["p_x_weight"] == 1 and found[0]["training"]["step"] == 3
+
+
+def attack(value, method="JEM++", seed=1, time=0, eps=2, attack="pgd", **training):
+    args = vars(cli.train_args(["--depth", "10", "--width", "1", "--seed", str(seed)]))
+    return {"metric": "robust_accuracy", "value": value, "n": 300, "method": method,
+            "dataset": "cifar10", "time": f"2026-01-01T00:00:{time:02d}Z",
+            "protocol": {"norm": "linf", "attack": attack, "eps_255": eps},
+            "training": records.training_of(args | training, 9)}
+
+
+def test_robustness_shows_mean_and_spread_of_what_belongs_together(tmp_path, call, monkeypatch):
+    shown = []
+    draw = plots.robustness_curves
+    monkeypatch.setattr(plots, "robustness_curves",
+                        lambda curves, *words: shown.append(curves) or draw(curves, *words))
+    found = [attack(0.1, width=2), attack(0.2, p_x_weight=0.1),
+             attack(0.3, time=1), attack(0.4, time=2), attack(0.6, seed=2, time=3),
+             attack(0.8, eps=0.0, time=4), attack(0.5, "Softmax", time=5, p_x_weight=0.0)]
+    records.write_jsonl(tmp_path / "fig9.jsonl", found)
+    code, out, err = call(figures.main, ["robustness", "--records", tmp_path / "fig9.jsonl",
+                                         "--out", tmp_path / "fig9"])
+    assert code == 0, err
+    assert "left out: 2 records" in out + err
+    (curves,) = shown
+    eps, means, spread = curves["JEM++", "pgd"]
+    assert eps == [0.0, 2.0] and means == pytest.approx([0.8, 0.5])
+    assert spread == pytest.approx([0, 0.02 ** 0.5])
+    assert curves["Softmax", "pgd"][1] == [0.5]
+
+
+def test_a_model_has_one_colour_and_an_attack_one_line_style():
+    names = [f"m{k}" for k in range(6)]
+    curves = {(name, attack): ([0, 1], [1, 0.5], [0.1, 0.1])
+              for name in names for attack in ("pgd", "margin")}
+    axis = plots.robustness_curves(curves, "linf", "title").axes[0]
+    lines = [bars.lines[0] for bars in axis.containers]
+    styles = [(line.get_color(), line.get_linestyle()) for line in lines]
+    assert len(set(styles)) == 12 and len({color for color, _ in styles}) == 6
+    assert styles[0][0] == styles[1][0] and styles[0][1] == styles[2][1]
