@@ -91,10 +91,12 @@ def script(tmp_path):
         calls, stub = tmp_path / "calls", tmp_path / "stub.py"
         calls.write_text("")
         stub.write_text(STUB.format(calls=str(calls), broken=broken, code=code))
+        ours = ("SEEDS", "DATA", "DATASET", "DATASETS", "KEEP")
         env = {"SCALE": "paper", "RUNS": str(tmp_path / "runs"), "OUT": str(tmp_path / "out"),
                "BASH_FUNC_python%%": f'() {{ {sys.executable} -S {stub} "$@"; }}', **env}
         done = subprocess.run(["bash", f"scripts/{name}.sh"], cwd=ROOT, text=True,
-                              env=os.environ | env, capture_output=True)
+                              env={k: v for k, v in os.environ.items() if k not in ours} | env,
+                              capture_output=True)
         return done.returncode, done.stderr, [json.loads(line) for line in open(calls)]
 
     return run
