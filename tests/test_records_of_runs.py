@@ -10,6 +10,7 @@ import pytest
 from helpers import ROOT
 
 import eval_jempp
+from models import network_name
 from scripts import figures, record_run
 from scripts.tables.protocol import JEM, papers_training
 from utils import cli, plots
@@ -117,10 +118,9 @@ def test_each_row_of_a_table_script_is_the_papers_run(script, name, n_rows):
     rows = trained_rows(commands)
     assert (code, err, len(rows)) == (0, "", n_rows)
     for (method, _), args in rows.items():
-        ours = records.training_of(vars(args), None)
+        ours = records.training_of(vars(args), None, network=network_name(vars(args)))
         paper = papers_training(method, args.dataset)
-        assert {k: ours[k] for k in paper if k in ours} == {k: v for k, v in paper.items()
-                                                            if k != "network"}
+        assert {k: ours[k] for k in paper} == paper
         stops = method in ("JEM (K=20)", "random init (w/o BN)")
         assert args.on_divergence == ("stop" if stops else "rollback"), method
 
@@ -130,11 +130,12 @@ def test_digits_rows_are_the_papers_in_miniature(script):
     rows = trained_rows(commands)
     assert (code, err, len(rows)) == (0, "", 20)
     for (method, run), args in rows.items():
-        ours, paper = records.training_of(vars(args), None), papers_training(method, "digits")
+        ours = records.training_of(vars(args), None, network=network_name(vars(args)))
+        paper = papers_training(method, "digits")
         changed = {k: v for k, v in ours.items() if k in paper and v != paper[k]}
         changed.pop("decay_rate", None)
-        assert {"depth": 10, "width": 1, "batch_size": 32, "global_batch_size": 32,
-                "labelled_batch": 32, "n_epochs": 75, "warmup_iters": 50,
+        assert {"depth": 10, "width": 1, "network": "WRN-10-1", "batch_size": 32,
+                "global_batch_size": 32, "labelled_batch": 32, "n_epochs": 75, "warmup_iters": 50,
                 "decay_epochs": [25, 50, 62]}.items() == {
                     k: v for k, v in changed.items() if k != "buffer_size"}.items(), method
         assert args.buffer_size == 290 and args.fast and args.keep_every == 25

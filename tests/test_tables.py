@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from helpers import ROOT
 
+from models import network_name
 from scripts import make_tables
 from scripts.tables import protocol
 from scripts.tables.cells import shortfalls
@@ -370,7 +371,7 @@ def whole(metric, value, method="JEM++ (M=10)", *, flags=(), **more):
     words = [*protocol.ROWS.get(method, "").split(), *flags, "--seed", str(more.get("seed", 1))]
     args = vars(cli.train_args(["--dataset", old["dataset"], *words]))
     return old | {"training": training_of(args, more.get("step", 703 * args["n_epochs"]),
-                                          "PYLD-10-5", "WRN-28-10")}
+                                          "PYLD-10-5", network_name(args))}
 
 
 @pytest.mark.parametrize("row", protocol.ROWS)
@@ -462,3 +463,11 @@ def test_digits_have_a_section_of_their_own_and_stay_out_of_the_papers_tables(ta
     assert rows["`JEM (K=20)`"] == ["–", "–", "1", "1", "0"]
     assert "75 epochs of all images (3,000 steps)" in text and "scripts/digits.sh" in text
     assert table_of(out, "Table 2")[1]["JEM++ (M=10)"][1] == "–"
+
+
+def test_another_network_has_a_dagger_and_its_name(tables):
+    found = whole("accuracy", 0.9, flags=["--network", "resnet18"], step=10**9)
+    assert found["training"]["depth"] is None
+    text, rows = table_of(tables({"table2": [found]})[1], "Table 2")
+    assert rows["JEM++ (M=10)"][1] == "90.0†"
+    assert f"† JEM++ (M=10): {found['training']['network']}, 150 epochs" in text

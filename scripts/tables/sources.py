@@ -73,10 +73,12 @@ def complain_of_record(record):
 
 
 def complain_of_training(training):
-    """What is wrong with the training arguments; only n_train may be null (all images)."""
+    """What is wrong with the training arguments. Null may be n_train (all images) and what another
+    network than the Wide-ResNet has not."""
     keys = (*TRAINING, "step")
     wrong = lacking(training, keys, "training")
-    null = [] if wrong else [k for k in keys if training[k] is None and k != "n_train"]
+    null = [] if wrong else [k for k in keys if training[k] is None
+                               and k not in ("n_train", "depth", "width", "norm")]
     return wrong or (f"training has no {', '.join(null)}" if null else None)
 
 
