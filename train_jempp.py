@@ -30,6 +30,7 @@ from utils.training.build import build
 from utils.training.guard import Guard, Stop, fetch, resume, roll_back, save_last
 from utils.training.run_log import RunLog
 from utils.training.schedule import due, learning_rate
+from utils.training.start import load_start
 
 
 def in_layout(x, args):
@@ -315,6 +316,9 @@ def run(args, run_dir, setup):
     state, data = setup.state, setup.data
     if resume(run_dir, setup, args):
         say(f"continuing {run_dir} after step {state.step}")
+    elif args.load_path:
+        opened = load_start(args, state)
+        say(f"starting with the weights of {args.load_path} (SHA-256 {opened.sha256[:8]})")
     distributed.barrier()  # all have read what the first may now replace
     if distributed.rank() == 0:
         records.write_json(run_dir / "args.json", vars(args))

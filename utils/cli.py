@@ -1,6 +1,7 @@
 """What the flags mean together: resolved, or refused in one line."""
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from models import JEM, NETWORKS, network_words
 from samplers.pyld import is_affine
 from utils import distributed, flags, machine
 from utils.data import spec_of
+from utils.files.checkpoint import sha256_of
 from utils.files.records import jsonable, read_json
 from utils.own_images import is_own
 from utils.program import InputError, parser, say
@@ -91,6 +93,7 @@ def resolve(args):
     args.adv_eps = args.adv_eps or {"linf": 8.0, "l2": 0.5}.get(args.adversarial)
     machine.fill_in_switches(args)
     resolve_batches(args)
+    resolve_start(args)
     check_sampler(args)
     check_together(args)
     classes = spec.n_classes if per_class(args) else 1
@@ -145,6 +148,25 @@ def network_config(args):
     return {word: getattr(args, word) for word in network_words(args.network)}
 
 
+def resolve_start(args):
+    """``load_sha256``, the hash of --load_path. A run that has started goes on from its own
+    checkpoint and keeps the hash that it noted: the file may have gone or changed since."""
+    path, run_dir = args.load_path, Path(args.run_dir)
+    if path is None and (args.load_buffer or not args.load_head):
+        raise InputError("--load_buffer and --no-load_head say what to take of --load_path FILE")
+    if getattr(args, "load_sha256", None) or path is None:
+        args.load_sha256 = getattr(args, "load_sha256", None)
+        return
+    saved = None
+    if any(run_dir.glob("*.pt")):
+        with contextlib.suppress(FileNotFoundError, ValueError):  # check_run_dir tells
+            saved = read_json(run_dir / "args.json")
+    if isinstance(saved, dict) and saved.get("load_path") == path:
+        args.load_sha256 = saved.get("load_sha256")
+    else:
+        args.load_sha256 = sha256_of(path)
+
+
 def resolve_batches(args):
     """--batch_size, --global_batch_size and --labelled_batch from whichever were typed."""
     parts = n_parts(args)
@@ -185,6 +207,8 @@ def check_together(args):
         raise InputError("--sync_bn goes without compilation: add --compile off")
     if args.literal_pyld and (args.compile != "off" or args.amp != "off"):
         raise InputError("--literal_pyld is uncompiled and float32: drop --fast, --compile, --amp")
+    if args.load_buffer and not (args.p_x_weight or args.p_x_y_weight):
+        raise InputError("--load_buffer: a run that trains p(y|x) alone has no replay buffer")
     if args.nesterov and args.optimizer != "sgd":
         raise InputError("--nesterov goes with --optimizer sgd")
 

@@ -168,6 +168,12 @@ def add_train(p, typed_only=False):
     flag("--recalibrate_bn", type=NATURAL, default=0, metavar="n",
          help="evaluate with running statistics over n training images; 0 is off")
     flag("--n_epochs", type=POSITIVE, default=150, help="epochs of labelled images")
+    flag = group(p, "start", typed_only)
+    flag("--load_path", default=None, metavar="FILE",
+         help="begin with the weights of a checkpoint of this network: ours, released or published")
+    flag("--load_head", action=FLAG, default=True,
+         help="with its last layer; --no-load_head for other classes")
+    flag("--load_buffer", action=FLAG, default=False, help="and with its replay buffer")
     flag = group(p, "run", typed_only)
     flag("--run_dir", default="runs/jempp", metavar="RUN", help="all output goes here")
     flag("--seed", type=NATURAL, default=1, help="of weights, data order and chains")

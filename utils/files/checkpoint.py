@@ -196,6 +196,15 @@ def step_of(path):
     return load(path)["step"]
 
 
+def sha256_of(path):
+    """The SHA-256 that ``open_any(path).sha256`` is."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise InputError(f"no checkpoint {path}") from None
+
+
 class Opened(NamedTuple):
     """A checkpoint opened to be evaluated; what its file lacks is None."""
 

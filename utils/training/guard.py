@@ -96,7 +96,7 @@ def save_last(run_dir, state, epoch, log, good_after):
 def saved_states(run_dir):
     """The resumable files of a run, newest first. The first is what the same command continues
     from: a crash between two renames may have left no last.pt."""
-    paths = [Path(run_dir) / f"{name}.pt" for name in ("last", "candidate", "good")]
+    paths = [Path(run_dir) / f"{name}.pt" for name in ("last", "candidate", "good", "start")]
     return [path for path in paths if path.exists()]
 
 
@@ -127,7 +127,8 @@ def resume(run_dir, setup, args):
 
 def roll_back(run_dir, setup, args, step, cause, log):
     """Put the state back to what the run had survived for --good_after steps before the fault at
-    ``step``: the newest such file, else good.pt, which was survived once, else a fresh start.
+    ``step``: the newest such file, else good.pt, which was survived once, else a fresh start (with
+    --load_path: start.pt).
 
     Other random numbers follow, at a rate lowered by --rollback_lr_factor. The outcome is saved as
     last.pt at once, so that a crash cannot undo the decision; what lies after it goes.
@@ -137,7 +138,8 @@ def roll_back(run_dir, setup, args, step, cause, log):
     best = state.best  # best.pt stays the best of the whole run, what was rolled back included
     distributed.barrier()  # nobody writes while all look for it
     for path in saved_states(run_dir):
-        if path.name == "good.pt" or step - checkpoint.step_of(path) > args.good_after:
+        survived = step - checkpoint.step_of(path) > args.good_after
+        if path.name in ("good.pt", "start.pt") or survived:
             state.load(checkpoint.load(path), path)
             break
     else:
