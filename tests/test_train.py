@@ -138,7 +138,7 @@ def test_nan_is_seen_before_it_is_saved(tmp_path, call, monkeypatch, poison):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--dataset", "mnist"], "choose from cifar10"),
+    (["--dataset", "imagenet"], "choose from cifar10"),
     (["--dataset", "cifar10", "--data_root", "ABSENT", "--no-download"], "no data folder"),
     (["--depth", "27"], "6n + 4"),
     (["--batch_size", "5000"], "larger than"),
