@@ -124,12 +124,17 @@ def decode(files, size, *, side=None, limit=None):
 
 def empty(n, size):
     """Memory for ``n`` images uint8 [n, 3, size, size]; InputError where there is not enough."""
+    check_room(n, size)
+    return torch.empty(n, 3, size, size, dtype=torch.uint8)
+
+
+def check_room(n, size):
+    """InputError for more images than memory."""
     need, there = 3 * n * size**2, memory()
     if 2 * need > there:  # the splits are copies
         raise InputError(f"{n:,} images of {size} x {size} take 2 x {need / 1e9:,.1f} GB, the "
                          f"memory here has {there / 1e9:,.1f} GB: a smaller --image_size, or fewer "
                          "images")
-    return torch.empty(n, 3, size, size, dtype=torch.uint8)
 
 
 def memory():

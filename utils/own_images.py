@@ -117,6 +117,7 @@ def load_folder(path, size, root):
             files += found
             split_of += [split] * len(found)
             y += [k] * len(found)
+    image_folder.check_room(len(files), size)
     with distributed.first_goes_ahead():
         x, index, counts, line = decoded_once(path, files, size, root)
     if line:
