@@ -209,12 +209,13 @@ def test_fd_features_is_a_column_of_its_own_and_never_fid(tables):
 
 
 def test_columns_are_told_apart_by_the_protocol(tables):
-    def auroc(value, score, out):
-        return record("auroc", value, n=20000, protocol={"score": score, "out": out,
+    def auroc(value, score, out, **origin):
+        return record("auroc", value, n=20000, protocol={"score": score, "out": out, **origin,
                                                          "n_in": 10000, "n_out": 10000})
     wrong_split = record("accuracy", 0.99, protocol={"split": "train", "sigma": 0.0})
     out = tables({"table7": [auroc(0.70, "log_p_x", "interp"), auroc(0.80, "max_p_y", "cifar100"),
-                             auroc(0.90, "max_p_y", "svhn")], "table2": [wrong_split]})[1]
+                             auroc(0.90, "max_p_y", "svhn", origin="folder:digits")],
+                  "table2": [wrong_split]})[1]
     density = table_of(out, "Table 7. AUROC of out-of-distribution detection, trained on CIFAR-10, "
                             "by log")[1]["JEM++ (M=10)"]
     assert density == [".63", "–", "–", ".68", "0.70", "+0.02", ".64", "–", "–", ".59", "–", "–"]
@@ -222,7 +223,7 @@ def test_columns_are_told_apart_by_the_protocol(tables):
                                "CIFAR-10, by max")
     assert rows["JEM++ (M=10)"][:3] == [".91", "0.90†", "-0.01"]
     assert rows["JEM++ (M=10)"][6:9] == [".88", "0.80", "-0.08"]
-    assert "n_out of svhn 10,000 (paper 26,032)" in text
+    assert "n_out of svhn 10,000 (paper 26,032)" in text and "svhn from folder:digits" in text
     assert table_of(out, "Table 2")[1]["JEM++ (M=10)"][1] == "–"
 
 

@@ -151,6 +151,9 @@ def provenance(number, used, full_scale):
     where = f" of {number['out']}" if "out" in number else ""
     extras = [f"{name + where * (name == 'n_out')} {word(have)} (paper {word(wanted)})"
               for name, (have, wanted) in short.items() if name not in IN_EVERY_FOOTNOTE]
+    origins = {r["protocol"]["origin"] for r in used if "origin" in (r["protocol"] or {})}
+    if origins:  # an out set of one's own files, under the name of the paper's
+        extras.append(f"{number['out']} from {listed(origins)}")
     judges = [str(r["protocol"].get("features_sha256"))[:8] for r in used
               if r["metric"] == "fd_features"]
     if judges:
