@@ -129,8 +129,7 @@ def table(out):
     for column in columns:
         path = out / f"{column}.jsonl"
         for r in records.read_jsonl(path) if path.exists() else []:
-            words = " ".join(f"{k}={v}" for k, v in sorted(r["protocol"].items())
-                             if k in cli_words())
+            words = records.shown(r["protocol"])
             value = (f"{100 * r['value']:.2f} %" if r["metric"] in PERCENT
                      else f"{r['value']:.4g}")
             rows.setdefault((r["metric"], words, r["n"]), {})[column] = value
@@ -139,12 +138,6 @@ def table(out):
     for (metric, words, n), values in rows.items():
         lines.append([metric, *(values.get(column, "–") for column in columns), str(n), words])
     return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def cli_words():
-    """The parts of a protocol that a card shows; the records hold the rest."""
-    return {"split", "score", "out", "attack", "norm", "eps", "eps_255", "source", "bins", "steps",
-            "restarts", "chain_steps", "reference", "features"}
 
 
 def main(argv=None):

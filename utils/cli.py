@@ -53,6 +53,9 @@ def evaluation_args(argv, evaluations):
     args = vars(p.parse_args(argv))
     if args["labels"] and len(args["labels"]) != len(args["load_path"]):
         raise InputError(f"{len(args['labels'])} --labels for {len(args['load_path'])} checkpoints")
+    if args["sigma"] and "robustness" in args["eval"]:
+        raise InputError("--sigma does not go with --eval robustness: attacks stay in the image "
+                         "box, noise leaves it. Evaluate robustness in a command without it")
     protocol = argparse.Namespace(**{k: v for k, v in args.items() if k in alone})
     return protocol, {k: v for k, v in args.items() if k not in alone}
 

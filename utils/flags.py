@@ -242,11 +242,13 @@ def add_evaluation(p, evaluations):
     flag("--method", default=None, help="method in the records (from the arguments)")
     flag = group(p, "protocol")
     flag("--n_images", type=POSITIVE, default=None, metavar="n",
-         help="first n images of each real set (all)")
+         help="first n images of each real set, or all where it has fewer (all)")
     flag("--splits", nargs="+", choices=("train", "valid", "test"),
          default=["train", "valid", "test"], help="of accuracy")
     flag("--sigma", type=number(float, 0), default=0.0, metavar="σ",
-         help="input noise (the released evaluation adds 0.03, the tables have none)")
+         help="noise on real images, in and out sets (the released evaluation adds 0.03, the "
+              "tables have none); not with robustness: attacks stay in the image box, noise leaves "
+              "it")
     flag("--bins", type=POSITIVE, default=20, help="of the ECE (Eq. 16)")
     flag("--ood", nargs="+", metavar="NAME",
          default=["svhn", "interp", "cifar10", "cifar100", "celeba", "uniform",
@@ -260,7 +262,7 @@ def add_evaluation(p, evaluations):
     flag("--attack_steps", type=POSITIVE, default=40, help="of PGD and margin")
     flag("--attack_restarts", type=POSITIVE, default=5, help="of margin")
     flag("--n_attack", type=NATURAL, default=300, metavar="n",
-         help="attack the first n test images; 0: all")
+         help="attack the first n test images, or all where there are fewer; 0: all")
     flag = group(p, "generated images")
     flag("--source", choices=("buffer", "scratch"), default="buffer",
          help="judge the replay buffer or fresh chains")

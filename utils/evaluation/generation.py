@@ -2,8 +2,8 @@
 
 FID is pytorch-fid's: its network, resizing and matrix square root, on images from memory. Tools
 differ by more than rounding on the same images: a record names the tool, the SHA-256 of the
-weights, the reference images, their number and any selection. Too few images and non-finite values
-are an InputError, wrong shapes a ValueError.
+weights, the reference images, their number and any selection. Too few images are an Unavailable,
+non-finite values an InputError, wrong shapes a ValueError.
 """
 
 import contextlib
@@ -110,9 +110,9 @@ def penultimate_features(model, images, batch_size=500):
 
 
 def statistics(features):
-    """(mean [d], covariance [d, d]) of features [n, d] in float64; InputError for n < 2."""
+    """(mean [d], covariance [d, d]) of features [n, d] in float64; Unavailable for n < 2."""
     if len(features) < 2:
-        raise InputError(f"a covariance needs 2 images, there are {len(features)}")
+        raise Unavailable(f"a covariance needs 2 images, there are {len(features)}")
     features = checked(features, "features")
     return features.mean(0), np.atleast_2d(np.cov(features, rowvar=False))
 
@@ -126,26 +126,27 @@ def rank_deficient(n, dimensions=2048):
 def frechet_distance(stats_a, stats_b):
     """|mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)), the squared distance that FID is.
 
-    Each argument starts with a mean [d] and a covariance [d, d]. InputError where they differ in
+    Each argument starts with a mean [d] and a covariance [d, d]. Unavailable where they differ in
     shape, or are so nearly singular that pytorch-fid finds no real square root.
     """
     try:
         with contextlib.redirect_stdout(sys.stderr):  # pytorch-fid prints remarks
             return float(calculate_frechet_distance(*stats_a[:2], *stats_b[:2]))
     except (AssertionError, ValueError) as error:
-        raise InputError("no Frechet distance: too few images, or features of two networks "
+        raise Unavailable("no Frechet distance: too few images, or features of two networks "
                          f"[{one_line(error)}]") from error
 
 
 def inception_score(probabilities, splits):
     """(mean, std) over ``splits`` consecutive parts of exp(E_x KL(p(y|x) || p(y))), in [1, K].
 
-    ``probabilities`` [N, K] have rows that sum to 1 and an order that is not by class. InputError
+    ``probabilities`` [N, K] have rows that sum to 1 and an order that is not by class. Unavailable
     for fewer images than splits.
     """
     n = len(probabilities)
     if not 1 <= splits <= n:
-        raise InputError(f"the Inception Score of {n} images cannot have {splits} splits")
+        raise Unavailable(f"the Inception Score of {n} images cannot have {splits} splits: lower "
+                          "--is_splits")
     probabilities, scores = checked(probabilities, "probabilities"), []
     for k in range(splits):
         part = probabilities[k * n // splits:(k + 1) * n // splits]
@@ -157,11 +158,12 @@ def kernel_inception_distance(features_a, features_b, subsets=100, subset_size=1
     """(mean, std) over random subsets of the unbiased MMD^2 with kernel (x.y / d + 1)^3.
 
     Features [n, d]; each subset is drawn without replacement, from both sets anew. The estimate is
-    unbiased at any size and so may be negative. InputError for fewer images than subset_size.
+    unbiased at any size and so may be negative. Unavailable for fewer images than subset_size.
     """
     m, n = subset_size, min(len(features_a), len(features_b))
     if not 2 <= m <= n:
-        raise InputError(f"KID cannot take subsets of {m} from {n} images (2 at least)")
+        raise Unavailable(f"KID cannot take subsets of {m} from {n} images (2 at least): lower "
+                          "--kid_subset_size")
     random, values = np.random.default_rng(seed), []
     for _ in range(subsets):
         x, y = (checked(f[random.choice(len(f), m, replace=False)], "features")

@@ -8,19 +8,27 @@ from utils.machine import eager
 from utils.seeding import generator
 
 
+def pixels(x, start, stop, sigma=0.0, seed=0):
+    """Images start to stop of ``x`` uint8 [N, 3, H, W] in [-1, 1], plus noise of std ``sigma``.
+
+    Image i's noise depends on (seed, i) alone, and is not clamped.
+    """
+    part = to_pixels(x[start:stop])
+    if sigma:
+        noise = [torch.randn(part.shape[1:], generator=generator("cpu", seed, "noise", i))
+                 for i in range(start, start + len(part))]
+        part = part + sigma * torch.stack(noise).to(part.device)
+    return part
+
+
 @torch.no_grad()
 def predict(model, x, batch_size=500, sigma=0.0, seed=0):
     """Logits [N, K] of uint8 images ``x`` [N, 3, H, W], in eval mode; the mode is put back.
 
-    ``sigma``: std of noise added to the [-1, 1] images; image i's depends on (seed, i) alone.
+    ``sigma`` and ``seed``: of the noise that ``pixels`` adds.
     """
     def logits(start):
-        part = to_pixels(x[start:start + batch_size])
-        if sigma:
-            noise = [torch.randn(part.shape[1:], generator=generator("cpu", seed, "noise", i))
-                     for i in range(start, start + len(part))]
-            part = part + sigma * torch.stack(noise).to(part.device)
-        return model(part).cpu()
+        return model(pixels(x, start, start + batch_size, sigma, seed)).cpu()
 
     training = model.training
     model.eval()

@@ -14,9 +14,10 @@ import torch
 import torchvision.transforms.functional as TF
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from models import energy
-from samplers import to_pixels
+from models import energy, frozen
 from utils import data, distributed, image_folder, own_images
+from utils.evaluation.inference import pixels
+from utils.machine import eager
 from utils.program import InputError, Unavailable
 from utils.seeding import generator
 
@@ -76,25 +77,33 @@ def max_p_y_given_x(logits):
     return logits.double().softmax(1).amax(1)
 
 
-def gradient_norm_score(model, x_uint8, batch_size=500):
-    """-||grad_x log p(x)||_2 of images uint8 [N, 3, H, W], float64 [N] on x's device.
+def logits_and_gradient_norm(model, x_uint8, batch_size=500, sigma=0.0, seed=0):
+    """Logits [N, K] and the score -||grad_x log p(x)||_2, float64 [N], of images uint8
+    [N, 3, H, W], both on the CPU, by one pass forward and one back.
 
-    The gradient is with respect to pixels in [-1, 1]. Runs in eval mode, so that an image's score
-    does not depend on its batch; the mode is put back.
+    The gradient is with respect to pixels in [-1, 1]; ``sigma`` and ``seed`` are those of
+    ``inference.pixels``. Runs in eval mode, so that an image's score does not depend on its batch;
+    the mode is put back.
     """
     if x_uint8.dtype != torch.uint8:
         raise ValueError(f"images are uint8 here, got {x_uint8.dtype}")
-    def norms(part):
-        gradient = model.energy_gradient(to_pixels(part)).flatten(1)  # E = -log p(x)
-        return torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float64).cpu()
+
+    def passes(start):
+        x = pixels(x_uint8, start, start + batch_size, sigma, seed).requires_grad_()
+        logits = model(x)
+        (gradient,) = torch.autograd.grad(energy(logits).sum(), x)  # E = -log p(x)
+        norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64)
+        return logits.detach().cpu(), norm.cpu()
 
     training = model.training
     model.eval()
     try:
-        parts = distributed.spread(norms, x_uint8.split(batch_size), "gradients")
+        with frozen(model), eager(), torch.enable_grad():
+            parts = distributed.spread(passes, range(0, len(x_uint8), batch_size), "gradients")
     finally:
         model.train(training)
-    return -torch.cat(parts).to(x_uint8.device)
+    logits, norms = (torch.cat(column) for column in zip(*parts, strict=True))
+    return logits, -norms
 
 
 class OutSet(NamedTuple):

@@ -1,17 +1,18 @@
-"""A checkpoint under evaluation: its network, settings, data and chains, and where output goes."""
+"""A checkpoint under evaluation: its network, settings, data and chains, and what comes out."""
 
-import argparse
 import copy
 import functools
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from models import frozen
-from samplers import make_init, make_sampler
+from samplers import make_init, make_sampler, sampler_name
 from utils import distributed, plots
 from utils.data import load_splits, spec_of
 from utils.evaluation.inference import predict
@@ -22,31 +23,86 @@ from utils.seeding import generator, seed_step
 
 
 class Output(NamedTuple):
-    """Where raw scores and pictures go: beside the results file, named after the checkpoint."""
+    """Where raw scores and pictures go: beside the results file, named after label and checkpoint.
+
+    Both methods return the name of the file, for the record.
+    """
 
     folder: Path
     stem: str
 
     def npz(self, name, **arrays):
-        if distributed.rank():
-            return  # the first process writes
-        with replacing(self.folder / f"{self.stem}_{name}.npz") as file:
-            np.savez_compressed(file, **arrays)
+        name = f"{self.stem}_{name}.npz"
+        if distributed.rank() == 0:  # the first process writes
+            with replacing(self.folder / name) as file:
+                np.savez_compressed(file, **arrays)
+        return name
 
     def figure(self, name, figure):
+        name = f"{self.stem}_{name}.png"
         if distributed.rank() == 0:
-            plots.save_figure(self.folder / f"{self.stem}_{name}.png", figure)
+            plots.save_figure(self.folder / name, figure)
+        return name
+
+
+class Number(NamedTuple):
+    """One measured value; ``protocol`` says all that its meaning depends on, ``files`` hold what it
+    was computed from or show it."""
+
+    metric: str
+    value: float
+    unit: str
+    n: int
+    protocol: dict
+    files: tuple = ()
+
+
+def skip(what, error):
+    """Say in one line what is left out; the other evaluations go on."""
+    if distributed.rank() == 0:
+        print(f"left out: {what}: {error}", file=sys.stderr)
 
 
 @dataclass
 class Subject:
-    """A checkpoint under evaluation: its file, the settings in force, its data when asked for."""
+    """A checkpoint under evaluation: its file, the settings in force, its data when asked for.
+
+    The settings are the flags of the same names (utils/flags.py).
+    """
 
     opened: Opened
-    args: argparse.Namespace
     label: str
     device: torch.device
+    # the data that it is judged on
+    dataset: str
+    data_root: str
+    image_size: int
+    n_valid: int | None
+    n_train: int | None
+    class_names: list
+    download: bool
+    # how passes are run
+    batch_size: int
+    seed: int
+    # which images it is judged by, and where fresh chains start
+    source: str
+    n_samples: int | None
+    init: str
+    sample_mode: str
+    chain_steps: int
+    chain_batch: int
+    # the sampler
+    in_steps: int
+    pyld_lr: float
+    sgld_lr: float
+    sgld_std: float
+    eps: float
+    step_decay: float
+    pixel_clamp: bool
+    literal_pyld: bool
+
     model: torch.nn.Module = field(init=False)
+    kept: dict = field(init=False, default_factory=dict)  # what evaluations need more than once
 
     def __post_init__(self):
         self.model = self.opened.model.to(self.device).eval()
@@ -54,45 +110,47 @@ class Subject:
     @functools.cached_property
     def splits(self):
         """{train, valid, test} as Images on the device."""
-        a = self.args
-        parts = load_splits(a.dataset, a.data_root, n_valid=a.n_valid, n_train=a.n_train,
-                            download=a.download, size=a.image_size)
+        parts = load_splits(self.dataset, self.data_root, n_valid=self.n_valid,
+                            n_train=self.n_train, download=self.download, size=self.image_size)
         n_classes = self.model.config["n_classes"]
-        if (there := spec_of(a.dataset).n_classes) != n_classes:
-            raise InputError(f"{self.label} knows {n_classes} classes, {a.dataset} has {there}: "
+        if (there := spec_of(self.dataset).n_classes) != n_classes:
+            raise InputError(f"{self.label} knows {n_classes} classes, {self.dataset} has {there}: "
                              "choose another --dataset")
         return dict(zip(("train", "valid", "test"), (p.to(self.device) for p in parts),
                         strict=True))
 
     def images(self, split="test", limit=None):
-        """The first ``limit`` images of a split (None: all)."""
-        images = self.splits[split]
-        if limit is not None and limit > len(images.y):
-            raise InputError(f"{limit} images were asked for, the {split} split of "
-                             f"{self.args.dataset} has {len(images.y)}")
-        return images if limit is None else images.take(slice(limit))
+        """The first ``limit`` images of a split, or all where it has fewer (or for None)."""
+        return self.splits[split].take(slice(limit))
 
     def logits(self, split="test", limit=None, sigma=0.0):
-        """Logits float64 [n, K] on the CPU, and labels."""
-        images = self.images(split, limit)
-        if not len(images.y):
-            raise InputError(f"the {split} split is empty (--n_valid 0)")
-        logits = predict(self.model, images.x, self.args.batch_size, sigma, self.args.seed)
-        if not torch.isfinite(logits).all():
-            raise InputError(f"{self.label}: logits of the {split} split are not finite")
-        return logits.double().cpu(), images.y.cpu()
+        """Logits float64 [n, K] on the CPU, and labels; computed once."""
+        key = "logits", split, limit, sigma
+        if key not in self.kept:
+            images = self.images(split, limit)
+            if not len(images.y):
+                raise InputError(f"the {split} split is empty (--n_valid 0)")
+            logits = predict(self.model, images.x, self.batch_size, sigma, self.seed)
+            self.kept[key] = self.finite(logits).double().cpu(), images.y.cpu()
+        return self.kept[key]
+
+    def finite(self, values):
+        """``values`` of the network, InputError where one is NaN or infinite."""
+        if not torch.isfinite(values).all():
+            raise InputError(f"{self.label}: what the network computes is not finite")
+        return values
 
     @functools.cached_property
     def p0(self):
         """Where fresh chains start, from the training images as in training."""
         train = self.splits["train"]
         try:
-            return make_init(self.args.init, train.x, train.y, self.model.config["n_classes"])
+            return make_init(self.init, train.x, train.y, self.model.config["n_classes"])
         except ValueError as error:
             raise InputError(f"{error}: raise --n_train") from error
 
     def buffer(self):
-        """The replay buffer [n, 3, H, W] in [-1, 1]; InputError where the file has none."""
+        """The replay buffer [n, 3, H, W] in [-1, 1]; Unavailable where the file has none."""
         buffer = self.opened.buffer
         if buffer is None:
             raise Unavailable(f"{self.label} holds no replay buffer: sample afresh with "
@@ -101,6 +159,15 @@ class Subject:
             raise InputError(f"{self.label}: its replay buffer is not finite")
         return buffer.float()
 
+    def sampler_flags(self, n_steps):
+        """What ``make_sampler`` and ``sampler_name`` take."""
+        return SimpleNamespace(**vars(self) | {"n_steps": n_steps})
+
+    @property
+    def sampler(self):
+        """The sampler of fresh chains in the paper's words, "PYLD-1000-5"."""
+        return sampler_name(self.sampler_flags(self.chain_steps))
+
     def chains(self, n, y=None, snapshots=1):
         """Fresh chains: a list of x [n, 3, H, W] (CPU) at 0, 1/s, ..., 1 of --chain_steps.
 
@@ -108,15 +175,14 @@ class Subject:
         norm: a chain's batch decides its statistics, so the batch size is part of the protocol.
         Batch b depends on (seed, b). The evaluated network's running statistics stay untouched.
         """
-        a = self.args
-        model = copy.deepcopy(self.model).train(a.sample_mode == "train")
-        each = [len(p) for p in torch.arange(a.chain_steps).tensor_split(snapshots)]
-        draws = [make_sampler(argparse.Namespace(**vars(a) | {"n_steps": k})) for k in each]
+        model = copy.deepcopy(self.model).train(self.sample_mode == "train")
+        each = [len(p) for p in torch.arange(self.chain_steps).tensor_split(snapshots)]
+        draws = [make_sampler(self.sampler_flags(n_steps)) for n_steps in each]
         p0 = self.p0
 
         def run(batch_and_indices):
             batch, indices = batch_and_indices
-            streams = seed_step(a.seed, batch, "evaluation", self.device)
+            streams = seed_step(self.seed, batch, "evaluation", self.device)
             labels = None if y is None else y[indices]
             x = p0.sample(len(indices), labels, host=streams.host, generator=streams.device)
             labels = None if labels is None else labels.to(self.device)
@@ -127,35 +193,36 @@ class Subject:
             return stations
 
         with frozen(model):
-            batches = distributed.spread(run, enumerate(torch.arange(n).split(a.chain_batch)),
+            batches = distributed.spread(run, enumerate(torch.arange(n).split(self.chain_batch)),
                                          "chains")
-        return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+        stations = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+        if not torch.isfinite(stations[-1]).all():
+            raise InputError(f"{self.label}: its chains run off to infinity")
+        return stations
 
     def n_generated(self):
         """How many images --source and --n_samples ask for."""
-        a = self.args
-        if a.source != "buffer":
-            return a.n_samples or 1000
+        if self.source != "buffer":
+            return self.n_samples or 1000
         n = len(self.buffer())
-        if a.n_samples is not None and a.n_samples > n:
-            raise InputError(f"--n_samples {a.n_samples}: the buffer holds {n} images")
-        return a.n_samples or n
+        if self.n_samples is not None and self.n_samples > n:
+            raise InputError(f"--n_samples {self.n_samples}: the buffer holds {n} images")
+        return self.n_samples or n
 
     def generated(self):
         """Images to judge, uint8 [n, 3, H, W] on the CPU, and the protocol words of their origin:
-        --source buffer (all of it, or --n_samples at random) or scratch."""
-        a, n = self.args, self.n_generated()
-        if a.source == "buffer":
+        --source buffer (all of it, or --n_samples at random) or scratch (drawn once)."""
+        n = self.n_generated()
+        if self.source == "buffer":
             # a buffer may lie in blocks by class, which the Inception Score's splits must not
             x = self.buffer()
-            order = torch.randperm(len(x), generator=generator("cpu", a.seed, "buffer order"))
+            order = torch.randperm(len(x), generator=generator("cpu", self.seed, "buffer order"))
             return plots.to_uint8(x[order[:n]]), {"source": "buffer"}
-        x = self.chains(n)[-1]
-        if not torch.isfinite(x).all():
-            raise InputError(f"{self.label}: its chains run off to infinity")
-        return plots.to_uint8(x), {"source": "scratch", "chain_steps": a.chain_steps,
-                                   "chain_batch": a.chain_batch, "init": a.init,
-                                   "mode": a.sample_mode}
+        if "chains" not in self.kept:
+            self.kept["chains"] = plots.to_uint8(self.chains(n)[-1])
+        return self.kept["chains"], {
+            "source": "scratch", "chain_steps": self.chain_steps, "chain_batch": self.chain_batch,
+            "init": self.init, "mode": self.sample_mode}
 
     def title(self, words, n):
-        return f"{words}\n{self.label}, {self.args.dataset}, n = {n}"
+        return f"{words}\n{self.label}, {self.dataset}, n = {n}"

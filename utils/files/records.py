@@ -22,6 +22,9 @@ ASIDE = {"run_dir", "data_root", "download", "device", "num_threads", "determini
 # runs of one method.
 GUARD = {"on_divergence", "max_rollbacks", "rollback_lr_factor", "max_loss", "max_gap",
          "good_after", "check_every"}
+# The words of a protocol that are shown to people; a record holds all of them.
+SHOWN = {"split", "score", "out", "attack", "norm", "eps", "eps_255", "source", "selection", "bins",
+         "steps", "restarts", "chain_steps", "reference"}
 
 
 @contextmanager
@@ -146,6 +149,12 @@ def training_of(args, step, sampler=None, network=None):
     kept = {name: value for name, value in jsonable(args).items() if name not in ASIDE}
     names = {"sampler": sampler, "network": network}
     return kept | {k: v for k, v in names.items() if v is not None} | {"step": step}
+
+
+def shown(protocol):
+    """The words of a record's protocol to show: "split=test", noise only where there is some."""
+    return " ".join(f"{name}={value}" for name, value in sorted(protocol.items())
+                    if name in SHOWN or (name == "sigma" and value))
 
 
 def git_state():

@@ -1,0 +1,223 @@
+"""What eval_jempp.py can measure of generated images, and the pictures of them.
+
+Each evaluation is one of those of evaluations.py. Images are the replay buffer's or fresh chains,
+as ``Subject.generated`` has them.
+"""
+
+import functools
+import hashlib
+from pathlib import Path
+
+import torch
+
+from samplers import to_pixels
+from utils import plots
+from utils.data import load
+from utils.evaluation import generation
+from utils.evaluation.inference import predict
+from utils.evaluation.subject import Number, skip
+from utils.files.checkpoint import open_any
+from utils.own_images import is_own
+from utils.program import Unavailable
+from utils.seeding import seed_step
+
+
+def selected(subject, x, protocol, top):
+    """The images of --top confidence per predicted class, and the protocol with it."""
+    if top == 1:
+        return x, {**protocol, "selection": "all"}
+    p = predict(subject.model, x.to(subject.device), subject.batch_size).double().softmax(1).cpu()
+    keep = generation.select_per_class(p.amax(1).numpy(), p.argmax(1).numpy(), top)
+    return x[torch.from_numpy(keep)], {**protocol, "selection": f"top {top} per class"}
+
+
+def fid(subject, out, *, features, inception_weights, top, reference, is_splits, kid_subsets,
+        kid_subset_size):
+    """IS, FID and KID with pytorch-fid's Inception; fd_features in --features' network."""
+    judge = open_any(features) if features else None
+    inception = None
+    try:  # whatever is missing is told before hours are spent on chains
+        inception = generation.inception(inception_weights, subject.download)
+    except Unavailable as error:
+        if judge is None:
+            raise
+        skip("IS, FID, KID", error)
+    x, protocol = subject.generated()
+    files = (out.npz("fid_images", images=x[:2000].numpy()),)
+    x, protocol = selected(subject, x, {**protocol, "reference": reference}, top)
+    metrics = {}
+    if inception:
+        metrics |= inception_metrics(subject, x, protocol, *inception, is_splits, kid_subsets,
+                                     kid_subset_size)
+    if judge:
+        metrics["fd_features"] = feature_distance(subject, x, protocol, judge)
+    for number in each_on_its_own(metrics):
+        yield number._replace(files=files)
+
+
+def each_on_its_own(metrics):
+    """The numbers of {name: generator}; one that cannot be had is said and left out."""
+    had = False
+    for name, numbers in metrics.items():
+        try:
+            yield from numbers
+            had = True
+        except Unavailable as error:
+            skip(name, error)
+    if not had:
+        raise Unavailable(f"none of {', '.join(metrics)} could be had")
+
+
+def reference_statistics(subject, reference, network, features_of):
+    """Statistics of the real images of --reference, whatever --n_train, in the features
+    [n, d] = ``features_of(images)`` of the ``network`` of this SHA-256; kept beside the data."""
+    @functools.cache
+    def images():
+        return torch.cat([load(subject.dataset, subject.data_root, train=part == "train",
+                               download=subject.download, size=subject.image_size).x
+                          for part in reference.split("+")])
+
+    name = f"{subject.dataset}{subject.image_size}"
+    if is_own(subject.dataset):  # its images may change
+        name = f"own-{hashlib.sha256(images().numpy()).hexdigest()[:16]}"
+    return generation.reference_statistics(
+        Path(subject.data_root) / "jempp-reference" / f"{name}-{reference}-{network[:16]}.npz",
+        lambda: features_of(images()))
+
+
+def inception_metrics(subject, x, protocol, network, sha256, is_splits, subsets, subset_size):
+    """{name: generator of numbers} of what Inception judges images ``x`` by."""
+    n, network = len(x), network.to(subject.device)
+    protocol = {**protocol, "tool": "pytorch-fid", "inception_sha256": sha256,
+                "published_weights": sha256 == generation.WEIGHTS_SHA256,
+                "rank_deficient": generation.rank_deficient(n)}
+
+    @functools.cache
+    def outputs():
+        return generation.inception_outputs(network, x, subject.batch_size)
+
+    @functools.cache
+    def real():
+        return reference_statistics(
+            subject, protocol["reference"], sha256, lambda images: generation.inception_outputs(
+                network, images, subject.batch_size)[0])
+
+    def score():
+        mean, std = generation.inception_score(outputs()[1], is_splits)
+        yield Number("is_mean", mean, "", n, {**protocol, "splits": is_splits})
+        yield Number("is_std", std, "", n, {**protocol, "splits": is_splits})
+
+    def distance():
+        value = generation.frechet_distance(generation.statistics(outputs()[0]), real())
+        yield Number("fid", value, "", n, {**protocol, "n_reference": real().n})
+
+    def kernel_distance():
+        mean, std = generation.kernel_inception_distance(
+            outputs()[0], real().features, subsets, subset_size, subject.seed)
+        yield Number("kid", mean, "", n, {**protocol, "n_reference": real().n, "subsets": subsets,
+                                          "std": std, "subset_size": subset_size})
+
+    return {"IS": score(), "FID": distance(), "KID": kernel_distance()}
+
+
+def feature_distance(subject, x, protocol, judge):
+    """The Frechet distance in the features of ``judge``, a checkpoint."""
+    model, n = judge.model.to(subject.device), len(x)
+
+    def features_of(images):
+        return generation.penultimate_features(model, images, subject.batch_size)
+
+    reference = reference_statistics(subject, protocol["reference"], judge.sha256, features_of)
+    features = features_of(x)
+    distance = generation.frechet_distance(generation.statistics(features), reference)
+    yield Number("fd_features", distance, "", n, {
+        **protocol, "features_sha256": judge.sha256, "n_reference": reference.n,
+        "dimensions": features.shape[1],
+        "rank_deficient": generation.rank_deficient(n, features.shape[1])})
+
+
+def class_names(subject):
+    """Names for rows of pictures."""
+    n_classes, names = subject.model.config["n_classes"], subject.class_names
+    return names if len(names) == n_classes else [str(k) for k in range(n_classes)]
+
+
+def by_class(subject, x):
+    """Predicted class and log p(y|x), log p(x) + log Z of images [n, 3, H, W] in [-1, 1]."""
+    logits = predict(subject.model, plots.to_uint8(x).to(subject.device), subject.batch_size)
+    logits = subject.finite(logits).double().cpu()
+    return logits.argmax(1), logits.log_softmax(1).amax(1), logits.logsumexp(1)
+
+
+def samples(subject, out):
+    """Grids of samples, unconditional and per class (Figs 3, 4, 12), the way of a chain, and the
+    class centres and draws of p_0 (Figs 2, 7, 8). Pictures only."""
+    if subject.opened.buffer is not None:
+        draw_buffer(subject, out)
+    try:
+        if subject.init == "informative":
+            draw_p0(subject, out)
+        draw_chains(subject, out)
+    except Unavailable as error:
+        skip("samples from scratch", error)
+    yield from ()
+
+
+def draw_buffer(subject, out):
+    """The replay buffer: evenly spaced slots, and the first ten of each predicted class."""
+    x, names = subject.buffer(), class_names(subject)
+    shown = x[::max(1, len(x) // 100)][:100].split(10)
+    out.figure("buffer", plots.image_rows(shown, [""] * len(shown), subject.title(
+        "Replay buffer, evenly spaced slots", len(x))))
+    predicted, _, _ = by_class(subject, x)
+    out.figure("buffer_by_class", plots.image_rows(
+        [x[predicted == k][:10] for k in range(len(names))], names,
+        subject.title("Replay buffer by predicted class, unselected", len(x)), 10))
+
+
+def draw_p0(subject, out):
+    """The centre of each class and nine draws of its Gaussian."""
+    names, centres = class_names(subject), subject.p0.means()
+    y = torch.arange(len(names)).repeat_interleave(9)
+    streams = seed_step(subject.seed, 0, "p0", subject.device)
+    draws = subject.p0.sample(len(y), y, host=streams.host, generator=streams.device)
+    rows = [torch.cat([c[None], d]) for c, d in zip(centres, draws.split(9), strict=True)]
+    out.figure("p0", plots.image_rows(
+        rows, names, subject.title("Class centres (left) and draws of p0", len(y))))
+
+
+def draw_chains(subject, out):
+    """Fresh chains, unconditional and per class: where they end, and ten on their way there."""
+    words, names = f"{subject.sampler} from scratch", class_names(subject)
+    free = subject.chains(subject.chain_batch, snapshots=10)
+    rows = free[-1][:100].split(10)
+    out.figure("scratch", plots.image_rows(
+        rows, [""] * len(rows), subject.title(words, sum(map(len, rows)))))
+    marks = [f"{round(k * subject.chain_steps / 10)}" for k in range(11)]
+    out.figure("chains", plots.image_rows([x[:10] for x in free], marks, subject.title(
+        "Chains from p0: one a column, outer step at the left", min(10, subject.chain_batch))))
+    y = torch.arange(len(names)).repeat_interleave(10)
+    conditional = subject.chains(len(y), y)[-1]
+    out.figure("scratch_by_class", plots.image_rows(
+        conditional.split(10), names, subject.title(f"Conditional, {words}", len(y))))
+    out.npz("samples", scratch=plots.to_uint8(free[-1]).numpy(),
+            by_class=plots.to_uint8(conditional).numpy(), y=y.numpy())
+
+
+def best_worst(subject, out):
+    """Per predicted class, the images of highest and lowest log p(x) and p(y|x) (Figs 13-22)."""
+    x, names = to_pixels(subject.generated()[0]), class_names(subject)
+    predicted, log_p_y, log_p_x = by_class(subject, x)
+    for name, words, score in (("p_x", "p(x)", log_p_x), ("p_y", "p(y|x)", log_p_y)):
+        for end, descending in (("best", True), ("worst", False)):
+            rows = []
+            for k in range(len(names)):
+                members = (predicted == k).nonzero().squeeze(1)
+                order = score[members].argsort(descending=descending, stable=True)
+                rows.append(x[members[order[:10]]])
+            title = f"{'Highest' if descending else 'Lowest'} {words} by predicted class"
+            out.figure(f"{end}_{name}", plots.image_rows(
+                rows, names, subject.title(title, len(x)), 10))
+    out.npz("best_worst", predicted=predicted.numpy(), log_p_x=log_p_x.numpy(),
+            log_p_y=log_p_y.numpy())
+    yield from ()
