@@ -12,6 +12,7 @@ from PIL import Image
 import eval_jempp
 import train_jempp
 from samplers import pyld_collapsed
+from utils import cli
 from utils.data import Images
 from utils.evaluation import calibration, evaluations, ood, subject
 from utils.files import checkpoint
@@ -39,6 +40,20 @@ def numbers(path, metric, **protocol):
             if r["metric"] == metric and protocol.items() <= r["protocol"].items()]
 
 
+def raw_scores(folder, label, name):
+    """The one file of raw scores of this label and evaluation."""
+    (path,) = folder.glob(f"{label}-????????_{name}.npz")
+    return np.load(path)
+
+
+def subject_of(run, *words):
+    """The joint model as a command with these words evaluates it."""
+    path = run / "joint" / "last.pt"
+    protocol, overrides = cli.evaluation_args(["--load_path", str(path), *words],
+                                              evaluations.EVALUATIONS)
+    return eval_jempp.open_all(protocol, overrides, torch.device("cpu"))[0].subject
+
+
 def test_everything_that_needs_no_download_in_one_command(run, tmp_path, call):
     out = tmp_path / "out.jsonl"
     code, text, err = call(eval_jempp.main, [
@@ -61,10 +76,15 @@ def test_everything_that_needs_no_download_in_one_command(run, tmp_path, call):
     assert records[0]["checkpoint"].keys() == {"path", "sha256", "step", "epoch"}
     assert set(records[0]["env"]) >= {"torch", "device", "cpu", "commit", "dirty"}
     pictures = {p.name for p in tmp_path.glob("*.png")}
-    assert {"joint_reliability.png", "softmax_reliability.png", "joint_histogram_log_p_x.png",
-            "robustness_linf.png", "robustness_l2.png", "joint_buffer.png", "joint_p0.png",
-            "joint_scratch_by_class.png", "joint_chains.png", "joint_best_p_x.png",
-            "joint_worst_p_y.png"} <= pictures
+    short = {r["label"]: r["checkpoint"]["sha256"][:8] for r in records}
+    for r in records:  # each names what it was computed from
+        assert r["files"] and all((tmp_path / name).is_file() for name in r["files"])
+        assert all(name.startswith(f"{r['label']}-{short[r['label']]}_") for name in r["files"])
+    named = {f"{label}-{short[label]}_{name}.png" for label, name in (
+        ("joint", "reliability"), ("softmax", "reliability"), ("joint", "histogram_log_p_x"),
+        ("joint", "buffer"), ("joint", "p0"), ("joint", "scratch_by_class"), ("joint", "chains"),
+        ("joint", "best_p_x"), ("joint", "worst_p_y"))}
+    assert named | {"robustness_linf.png", "robustness_l2.png"} <= pictures
     assert all(Image.open(tmp_path / name).size[0] > 200 for name in pictures)
 
 
@@ -73,14 +93,14 @@ def test_metrics_can_be_recomputed_from_the_raw_scores(run, tmp_path, call):
     assert call(eval_jempp.main, [
         "--load_path", run / "joint" / "last.pt", "--labels", "m", "--eval", "accuracy",
         "calibration", "ood", "--results", out, *QUICK])[0] == 0
-    raw = np.load(tmp_path / "m_accuracy_test.npz")
+    raw = raw_scores(tmp_path, "m", "accuracy_test")
     right = raw["logits"].argmax(1) == raw["y"]
     assert numbers(out, "accuracy", split="test") == [pytest.approx(right.mean())]
     assert numbers(out, "accuracy", split="test", correct=int(right.sum()))
-    raw = np.load(tmp_path / "m_calibration.npz")
+    raw = raw_scores(tmp_path, "m", "calibration")
     assert numbers(out, "ece") == [pytest.approx(calibration.expected_calibration_error(
         raw["confidence"], raw["correct"]))]
-    raw = np.load(tmp_path / "m_ood.npz")
+    raw = raw_scores(tmp_path, "m", "ood")
     assert len(raw["in_grad_norm"]) == 360
     assert numbers(out, "auroc", out="uniform", score="grad_norm") == [pytest.approx(ood.auroc(
         raw["in_grad_norm"], raw["uniform_grad_norm"]))]
@@ -118,7 +138,7 @@ def test_samples_leave_the_network_alone_and_follow_the_seed(run, tmp_path, call
         argv = ["--load_path", run / "joint" / "last.pt", "--labels", name, "--seed", seed,
                 "--eval", "samples", "accuracy", "--results", tmp_path / f"{name}.jsonl"]
         assert call(eval_jempp.main, [*argv, *QUICK])[0] == 0
-        drawn.append(np.load(tmp_path / f"{name}_samples.npz")["scratch"])
+        drawn.append(raw_scores(tmp_path, name, "samples")["scratch"])
     assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
     assert call(eval_jempp.main, ["--load_path", run / "joint" / "last.pt", "--eval", "accuracy",
                                   "--results", tmp_path / "alone.jsonl", *QUICK])[0] == 0
@@ -150,10 +170,9 @@ def test_released_files_give_the_fixtures_numbers(tmp_path, call, monkeypatch, n
     images = Images(torch.from_numpy(theirs["x"]), torch.from_numpy(y))
     monkeypatch.setattr(subject, "load_splits", lambda *a, **k: (images, images, images))
     monkeypatch.setattr("utils.evaluation.inference.to_pixels", lambda x: x)
-    monkeypatch.setattr("utils.evaluation.evaluations.ood.out_set",
-                        lambda *a, **k: ood.OutSet(images.x, {}))
-    monkeypatch.setattr("utils.evaluation.evaluations.ood.gradient_norm_score",
-                        lambda model, x, batch: torch.zeros(len(x)))
+    monkeypatch.setattr("utils.evaluation.ood.out_set", lambda *a, **k: ood.OutSet(images.x, {}))
+    monkeypatch.setattr("utils.evaluation.ood.logits_and_gradient_norm",
+                        lambda model, x, *how: (model(x).detach(), torch.zeros(len(x))))
     out = tmp_path / "out.jsonl"
     code, text, err = call(eval_jempp.main, [
         "--load_path", path, "--labels", "m", "--eval", "accuracy", "ood",
@@ -161,8 +180,8 @@ def test_released_files_give_the_fixtures_numbers(tmp_path, call, monkeypatch, n
     assert code == 0, err
     assert "no arguments" in text
     assert numbers(out, "accuracy") == [5 / 8]
-    assert np.abs(np.load(tmp_path / "m_accuracy_test.npz")["logits"] - logits).max() < 1e-4
-    scores = np.load(tmp_path / "m_ood.npz")
+    assert np.abs(raw_scores(tmp_path, "m", "accuracy_test")["logits"] - logits).max() < 1e-4
+    scores = raw_scores(tmp_path, "m", "ood")
     p = np.exp(logits - logits.max(1, keepdims=True))
     log_z = np.log(p.sum(1)) + logits.max(1)
     assert np.abs(scores["in_log_p_x"] - log_z).max() < 1e-4
@@ -229,8 +248,7 @@ def test_a_bad_checkpoint_is_one_line_and_costs_no_record(
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--eval", "accuracy", "--n_images", "1000"], "were asked for"),
-    (["--eval", "robustness", "--n_attack", "361"], "were asked for"),
+    (["--eval", "accuracy", "robustness", "--sigma", "0.03"], "--sigma does not go with"),
     (["--eval", "robustness", "--eps_linf", "-1"], "eps_linf"),
     (["--eval", "ood", "--ood", "folder:EMPTY"], "holds no image"),
     (["--eval", "ood", "--ood", "folder:ABSENT"], "is no folder"),
@@ -258,26 +276,18 @@ def test_bad_flags_are_one_line_and_cost_no_record(run, tmp_path, call, flags, w
 
 def test_chains_are_drawn_in_the_training_mode_of_batch_norm(run):
     """Chains equal the sampler's own on a network in train mode, not those of eval mode."""
-    own, typed = eval_jempp.parse_args(["--load_path", str(run / "joint" / "last.pt"), "--eval",
-                                        "samples", *QUICK])
-    opened = checkpoint.open_any(own.load_path[0])
-    s = subject.Subject(opened, eval_jempp.settings_of(opened, own, typed), "m",
-                        torch.device("cpu"))
-    start, end = s.chains(12)
+    start, end = subject_of(run, "--eval", "samples", *QUICK).chains(12)
     for training in (True, False):
-        model = checkpoint.open_any(own.load_path[0]).model.train(training)
+        model = checkpoint.open_any(run / "joint" / "last.pt").model.train(training)
         direct = pyld_collapsed(model, start, n_outer=3, n_inner=5, step_size=0.2, clip=1.0)
         assert torch.equal(direct, end) == training
 
 
 def test_a_buffer_in_class_order_is_judged_in_random_order(run):
-    own, typed = eval_jempp.parse_args(["--load_path", str(run / "joint" / "last.pt"), "--eval",
-                                        "fid", "--n_samples", "20", *QUICK])
-    opened = checkpoint.open_any(own.load_path[0])
-    opened.buffer[:] = (torch.arange(40) / 127.5 - 1)[:, None, None, None]  # slot i is grey i
-    s = subject.Subject(opened, eval_jempp.settings_of(opened, own, typed), "m",
-                        torch.device("cpu"))
-    x, _ = s.generated()
+    judged = subject_of(run, "--eval", "fid", "--n_samples", "20", *QUICK)
+    grey = torch.arange(40) / 127.5 - 1
+    judged.opened.buffer[:] = grey[:, None, None, None]  # slot i is grey i
+    x, _ = judged.generated()
     slots = x[:, 0, 0, 0].tolist()
     assert len(set(slots)) == 20 and slots != sorted(slots) and max(slots) > 25
 

@@ -10,6 +10,7 @@ from torch import nn
 from models import JEM
 from utils import data
 from utils.evaluation import ood
+from utils.evaluation.inference import predict
 from utils.program import InputError
 
 torch.set_num_threads(1)
@@ -100,20 +101,25 @@ def test_gradient_norm_equals_its_closed_form(training):
     x = torch.tensor([0, 255, 51]).to(torch.uint8).view(3, 1, 1, 1).expand(3, 3, 4, 4)
     model = Quadratic().train(training)
     expected = -torch.tensor([1, 1, 0.6]).double() * 48**0.5
-    torch.testing.assert_close(ood.gradient_norm_score(model, x), expected, rtol=1e-6, atol=0)
+    logits, score = ood.logits_and_gradient_norm(model, x)
+    torch.testing.assert_close(score, expected, rtol=1e-6, atol=0)
+    assert torch.equal(logits, predict(model, x))
     assert model.training is training
     with pytest.raises(ValueError, match="uint8"):
-        ood.gradient_norm_score(model, x.float())
+        ood.logits_and_gradient_norm(model, x.float())
 
 
 def test_gradient_norm_does_not_depend_on_the_batch():
     torch.manual_seed(0)
     model = JEM.build(depth=10, width=1, n_classes=10)
     x = torch.randint(256, (7, 3, 16, 16), dtype=torch.uint8)
-    whole = ood.gradient_norm_score(model, x, 7)
+    logits, whole = ood.logits_and_gradient_norm(model, x, 7, sigma=0.03)
     assert whole.shape == (7,) and (whole < 0).all() and whole.std() > 0
-    torch.testing.assert_close(ood.gradient_norm_score(model, x, 1), whole, rtol=1e-4, atol=0)
-    torch.testing.assert_close(ood.gradient_norm_score(model, x, 3), whole, rtol=1e-4, atol=0)
+    assert torch.equal(logits, predict(model, x, 7, sigma=0.03))  # of the same noisy images
+    assert not torch.equal(logits, predict(model, x, 7))
+    for batch in (1, 3):
+        score = ood.logits_and_gradient_norm(model, x, batch, sigma=0.03)[1]
+        torch.testing.assert_close(score, whole, rtol=1e-4, atol=0)
     assert model.training and all(p.grad is None for p in model.parameters())
 
 

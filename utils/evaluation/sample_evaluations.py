@@ -34,9 +34,11 @@ def selected(subject, x, protocol, top):
 def fid(subject, out, *, features, inception_weights, top, reference, is_splits, kid_subsets,
         kid_subset_size):
     """IS, FID and KID with pytorch-fid's Inception; fd_features in --features' network."""
+    # whatever is missing is told before hours are spent on chains
+    subject.n_generated()
     judge = open_any(features) if features else None
     inception = None
-    try:  # whatever is missing is told before hours are spent on chains
+    try:
         inception = generation.inception(inception_weights, subject.download)
     except Unavailable as error:
         if judge is None:
