@@ -17,7 +17,8 @@ from samplers import ClassGaussians, ReplayBuffer
 from scripts import benchmark_table4
 from utils import cli, plots
 from utils.data import SPECS, Images, TrainData
-from utils.evaluation import evaluations, generation, robustness
+from utils.evaluation import evaluations, generation, robustness, sample_evaluations
+from utils.evaluation.evaluations import named_by
 from utils.evaluation.subject import Subject
 from utils.seeding import generator
 
@@ -198,16 +199,22 @@ def test_a_fresh_chain_starts_from_a_class_drawn_by_its_frequency():
 
 # -- evaluation -----------------------------------------------------------------------------------
 def options(*words):
-    """The flags of an evaluation, as they reach a Subject; the network is WRN-10-1 on digits."""
+    """All settings of an evaluation; the network is WRN-10-1 on digits."""
     own, typed = cli.evaluation_args(["--load_path", "x", "--eval", "fid", "--dataset", "digits",
                                       "--num_threads", "1", *words], evaluations.EVALUATIONS)
-    return SimpleNamespace(**cli.evaluation_settings(None, typed, own))
+    return cli.evaluation_settings(None, typed, own)
 
 
-def subject(args, buffer=None):
+def subject(settings, buffer=None):
     torch.manual_seed(0)
     opened = SimpleNamespace(model=JEM.build(depth=10, width=1), buffer=buffer, args=None)
-    return Subject(opened, args, "m", torch.device("cpu"))
+    return Subject(opened=opened, label="m", **named_by(Subject, settings)
+                   | {"device": torch.device("cpu")})
+
+
+def measured(evaluation, settings, subject, out):
+    """The numbers of an evaluation under these settings."""
+    return list(evaluation(subject, out, **named_by(evaluation, settings)))
 
 
 class Kept:
@@ -223,15 +230,18 @@ class Kept:
         pass
 
 
-def test_fid_compares_with_training_and_test_images_by_default(monkeypatch):
+def test_fid_compares_with_training_and_test_images_by_default(monkeypatch, tmp_path):
     sizes = {True: 5, False: 1}
 
     def load(name, root, *, train, **more):
         return Images(torch.zeros(sizes[train], 3, 2, 2, dtype=torch.uint8), None)
 
-    monkeypatch.setattr(evaluations, "load", load)
-    s = SimpleNamespace(args=options())
-    assert s.args.reference == "train+test" and len(evaluations.reference_images(s)) == 6
+    monkeypatch.setattr(sample_evaluations, "load", load)
+    settings = options("--data_root", str(tmp_path))
+    assert settings["reference"] == "train+test"
+    real = sample_evaluations.reference_statistics(
+        subject(settings), settings["reference"], "0" * 64, lambda x: x.flatten(1).numpy())
+    assert real.n == 6
 
 
 def judged(monkeypatch, tmp_path, *words, n=300):
@@ -248,11 +258,11 @@ def judged(monkeypatch, tmp_path, *words, n=300):
         return features, torch.full((len(x), 8), 1 / 8, dtype=torch.float64).numpy()
 
     reference = Images(torch.zeros(50, 3, 16, 16, dtype=torch.uint8), None)
-    monkeypatch.setattr(evaluations, "load", lambda *a, **k: reference)
+    monkeypatch.setattr(sample_evaluations, "load", lambda *a, **k: reference)
     monkeypatch.setattr(generation, "inception", lambda *a: (torch.nn.Identity(), "0" * 64))
     monkeypatch.setattr(generation, "inception_outputs", outputs)
     args = options("--data_root", str(tmp_path), "--kid_subset_size", "20", *words)
-    numbers = list(evaluations.fid(subject(args, buffer), Kept()))
+    numbers = measured(evaluations.fid, args, subject(args, buffer), Kept())
     (images,) = [x for x in shown if len(x) != 100]  # 100: the reference
     return (images[:, 1] * 200 + images[:, 0]).tolist(), numbers
 
@@ -281,7 +291,7 @@ def test_best_images_have_the_highest_score_and_worst_the_lowest(monkeypatch):
     x = torch.arange(n).to(torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)  # grey i
     predicted = torch.arange(n) % 2
     log_p_x, log_p_y = torch.arange(n).double(), -torch.arange(n).double()
-    monkeypatch.setattr(evaluations, "by_class", lambda s, x: (predicted, log_p_y, log_p_x))
+    monkeypatch.setattr(sample_evaluations, "by_class", lambda s, x: (predicted, log_p_y, log_p_x))
     monkeypatch.setattr(plots, "image_rows", lambda rows, *more: [
         (((row[:, 0, 0, 0] + 1) * 127.5).round().long()).tolist() for row in rows])
     s, out = subject(options()), Kept()
@@ -302,11 +312,12 @@ def test_the_steps_of_pgd_are_two_and_a_half_radii_long_in_all(monkeypatch, step
         return x_0
 
     monkeypatch.setattr(robustness, "foolbox_pgd", attack)
-    s = subject(options("--attacks", "pgd", "--attack_steps", str(steps), "--n_attack", "8"))
+    settings = options("--attacks", "pgd", "--attack_steps", str(steps), "--n_attack", "8")
+    s = subject(settings)
     x = torch.zeros(8, 3, 16, 16, dtype=torch.uint8)
     y = s.model(torch.full((8, 3, 16, 16), -1.0)).argmax(1)
     s.images = lambda *a: Images(x, y)
-    records = list(evaluations.robust(s, Kept()))
+    records = measured(evaluations.robust, settings, s, Kept())
     assert {r.protocol["rel_stepsize"] for r in records} == {2.5 / steps}
     robustness.pgd_accuracy(s.model, x, y, [0.0, 8.0], "linf", steps=steps)  # its own default
     assert len(seen) > 2 and set(seen) == {(steps, 2.5 / steps)}
