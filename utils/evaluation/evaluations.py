@@ -143,7 +143,7 @@ def draw_histograms(subject, out, inside, outside):
 
 def robust(subject, out, *, attacks, eps_linf, eps_l2, attack_steps, attack_restarts, n_attack):
     """Accuracy under white-box attacks of growing budget (Fig. 9), by two kinds of attack."""
-    x, y = subject.images("test", n_attack or None)
+    x, y, _ = subject.images("test", n_attack or None)
     kinds = {"pgd": (robustness.pgd_accuracy,
                      {"steps": attack_steps, "rel_stepsize": 2.5 / attack_steps}),
              "margin": (robustness.margin_pgd_accuracy,
