@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import namedtuple
@@ -14,6 +15,7 @@ from models import network_name
 from scripts import figures, record_run
 from scripts.tables.protocol import JEM, papers_training
 from utils import cli, plots
+from utils.evaluation.evaluations import EVALUATIONS
 from utils.files import records
 
 # ------------------------------------------------------------------------ what a record says
@@ -143,6 +145,29 @@ def test_digits_rows_are_the_papers_in_miniature(script):
     names = {run.split("/")[-1].rsplit("-", 1)[0] for _, run in rows}
     assert names == {"softmax", "jempp-m5", "jempp-m10", "jempp-m20", "jem-k20", "no-proximity",
                      "adam", "uniform-bn", "uniform-no-bn", "informative-no-bn"}
+
+
+def test_probes_differ_in_the_weight_alone(script):
+    code, err, commands = script("probes")
+    rows = trained_rows(commands)
+    runs = [records.training_of(vars(args), None) for args in rows.values()]
+    assert (code, err) == (0, "") and [r.pop("p_x_weight") for r in runs] == [1, 0.3, 0.1, 0]
+    assert all(r == runs[0] for r in runs) and runs[0]["n_epochs"] == 2
+    assert runs[0].items() >= {"depth": 10, "width": 2, "amp": "bf16", "ema": 0.99}.items()
+
+
+def test_every_file_of_records_has_its_command():
+    page = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    files = [path.relative_to(ROOT / "results").as_posix()
+             for path in (ROOT / "results").rglob("*.jsonl") if "models" not in path.parts]
+    assert [name for name in files if f"`{name}`" not in page] == []
+    for words in (line.split() for line in page.splitlines() if line.startswith("python ")):
+        if words[1] == "train_jempp.py":
+            cli.train_args(words[2:])
+        if words[1] == "eval_jempp.py":
+            cli.evaluation_args(words[2:], EVALUATIONS)
+    scripts = set(re.findall(r"scripts/\w+\.(?:sh|py)", page))
+    assert len(scripts) > 5 and all((ROOT / name).exists() for name in scripts)
 
 
 def test_scripts_go_on_past_data_that_is_not_there(script):
