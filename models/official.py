@@ -1,10 +1,11 @@
-"""Read checkpoints of others: the released files of JEM, JEM++ and SADA-JEM.
+"""Read checkpoints of others: the released files of JEM, JEM++ and SADA-JEM, and bare weights.
 
-They hold ``{"model_state_dict": ..., "replay_buffer": [n, 3, H, W]}`` or a bare state dict, in
-PyTorch's zip or pre-1.6 format. Depth, width, norm and class count are read off the shapes. JEM++
-files repeat tensors (``f.layer_one``, ``f.other_layers``), JEM files carry an unused
-``f.linear``, and both an ``energy_output`` head that the classifier's energy does not use.
-What is none of theirs is a ValueError.
+Released files hold ``{"model_state_dict": ..., "replay_buffer": [n, 3, H, W]}`` or a bare state
+dict, in PyTorch's zip or pre-1.6 format. Depth, width, norm and class count are read off the
+shapes. JEM++ files repeat tensors (``f.layer_one``, ``f.other_layers``), JEM files carry an unused
+``f.linear``, and both an ``energy_output`` head that the classifier's energy does not use. Weights
+under our own names are read alike, and whatever DataParallel, torch.compile and averaging put
+before the names. What is none of these is a ValueError.
 """
 
 import re
@@ -13,35 +14,45 @@ import torch
 
 from models.jem import JEM
 
-REPEATED_OR_UNUSED = re.compile(r"f\.layer_one\.|f\.other_layers\.|f\.linear\.|energy_output\.")
-RENAMED = (  # (pattern, ours); after a "module." of DataParallel is dropped
+WRAPPERS = ("model_state_dict", "state_dict", "model")  # entries that weights are saved as
+PREFIXES = {"module", "_orig_mod"}  # of DataParallel and AveragedModel, and of torch.compile
+REPEATED_OR_UNUSED = re.compile(r"f\.layer_one\.|f\.other_layers\.|f\.linear\.|energy_output\.|"
+                                r"n_averaged$")  # the last is AveragedModel's count
+RENAMED = (  # (pattern, ours), after the prefixes are dropped
     (re.compile(r"f\.conv1\."), "stem."),
     (re.compile(r"f\.(layer\d\.\d+)\.bn([12])\."), r"trunk.\1.norm\2."),
     (re.compile(r"f\.(layer\d\.\d+)\.conv([12])\."), r"trunk.\1.conv\2."),
     (re.compile(r"f\.(layer\d\.\d+)\.shortcut\.0\."), r"trunk.\1.shortcut."),
     (re.compile(r"f\.bn1\."), "trunk.norm."),
     (re.compile(r"class_output\."), "trunk.head."),
+    (re.compile(r"(stem|trunk)\."), r"\1."),
 )
 
 
 def is_official(content):
-    """Whether a loaded file looks like a released one (by its keys, not its name)."""
+    """Whether a loaded file looks like one of these (by its keys, not its name)."""
     state = state_dict_of(content)
-    return state is not None and any(k.startswith(("f.", "module.f.")) for k in state)
+    return state is not None and any(bare(k).startswith(("f.", "stem.", "trunk.")) for k in state)
 
 
 def state_dict_of(content):
-    """The dictionary of tensors in ``content``, or None."""
-    state = content.get("model_state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state:
+    """The dictionary of tensors in ``content``, out of its wrappers; or None."""
+    while isinstance(content, dict) and (inside := [k for k in WRAPPERS if k in content]):
+        content = content[inside[0]]
+    if not isinstance(content, dict) or not content:
         return None
-    good = all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
-    return state if good else None
+    good = all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items())
+    return content if good else None
+
+
+def bare(key):
+    """A tensor's name without prefixes, wherever they stand."""
+    return ".".join(part for part in key.split(".") if part not in PREFIXES)
 
 
 def our_name(key):
     """Our name of a released tensor, None for one that is repeated or unused."""
-    key = key.removeprefix("module.")
+    key = bare(key)
     if REPEATED_OR_UNUSED.match(key):
         return None
     for pattern, replacement in RENAMED:
@@ -73,31 +84,37 @@ def network_of(state):
             "bn_momentum": 0.9}
 
 
-def convert(content):
-    """The (JEM, replay buffer or None) in a released file's content."""
+def translate(content):
+    """(our configuration, our state dict, replay buffer or None) of a loaded file's content."""
     state = state_dict_of(content)
     if state is None:
         raise ValueError("no dictionary of tensors")
-    named = {our_name(key): tensor for key, tensor in state.items()}
-    named.pop(None, None)
-    try:
-        model = JEM.build(**network_of(named))
-        model.load_state_dict(named)
-    except RuntimeError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    buffer = content.get("replay_buffer") if "model_state_dict" in content else None
+    named = {}
+    for key, tensor in state.items():
+        name = our_name(key)
+        if name in named:
+            raise ValueError(f"two tensors {name}")
+        if name is not None:
+            named[name] = tensor
+    buffer = None if state is content else content.get("replay_buffer")
     if isinstance(buffer, torch.Tensor) and buffer.numel() == 0:
         buffer = None
     if buffer is not None and (not isinstance(buffer, torch.Tensor) or buffer.dim() != 4
                                or buffer.shape[1] != 3):
         raise ValueError("its replay_buffer is no tensor [n, 3, H, W]")
-    return model, buffer
+    return network_of(named), named, buffer
 
 
 def load_official(path):
-    """(JEM on the CPU in train mode, replay buffer [n, 3, H, W] in [-1, 1] or None).
+    """(JEM on the CPU in eval mode, replay buffer [n, 3, H, W] in [-1, 1] or None).
 
     Nothing in the file is executed. For a file of unknown origin use
     ``utils.files.checkpoint.open_any``, which also checks sizes and checksums.
     """
-    return convert(torch.load(path, map_location="cpu", weights_only=True))
+    config, state, buffer = translate(torch.load(path, map_location="cpu", weights_only=True))
+    model = JEM.build(**config)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    return model.eval(), buffer

@@ -8,6 +8,8 @@ from helpers import FIXTURE, legacy_copy, released_file
 from models.official import load_official, our_name
 from samplers import pyld, pyld_collapsed, sgld
 from samplers.sgld import input_gradient
+from utils.files.checkpoint import open_any
+from utils.program import InputError
 
 NORMS = ("batch", "none")
 CHAIN = {"n_outer": 3, "n_inner": 5, "step_size": 0.2, "clip": 1.0}
@@ -144,6 +146,6 @@ def test_bare_and_data_parallel_state_dicts_hold_the_same_network(tmp_path):
 ])
 def test_foreign_content_is_refused_in_one_line(tmp_path, changes, message):
     released_file(tmp_path / "a.pt", **changes)
-    with pytest.raises(ValueError, match=message) as error:
-        load_official(tmp_path / "a.pt")
+    with pytest.raises(InputError, match=message) as error:
+        open_any(tmp_path / "a.pt")
     assert "\n" not in str(error.value)

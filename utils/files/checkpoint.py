@@ -7,6 +7,7 @@ buffer in full precision, what p_0 was estimated from, step and random seed. Fil
 
 import errno
 import hashlib
+import math
 import platform
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,12 +26,18 @@ from models import JEM, official
 from samplers import ReplayBuffer, to_pixels
 from utils import distributed
 from utils.files.records import replacing
-from utils.files.torch_files import leaves, one_line, read
-from utils.program import InputError
+from utils.files.regular import regular
+from utils.files.torch_files import Damaged, leaves, one_line, read, read_hashed
+from utils.program import InputError, say
 
 FORMAT, OLD_FORMAT = "jempp-2", "jempp-1"
 KEYS = {"model", "config", "buffer", "p0", "step", "epoch", "best", "args", "rng", "versions",
         "lr_factor", "guard", "log_lines", "sha256"}
+MOST_STEPS = 10**9  # of a run; the paper's has 10^5
+LOCKED = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}  # what flock says of another's lock
+READABLE = ("checkpoints of train_jempp.py, the released files of JEM, JEM++ and SADA-JEM, and "
+            "weights under their names or ours, .pt or .safetensors, with or without the prefixes "
+            f"module. and _orig_mod., bare or as {', '.join(official.WRAPPERS)}")
 
 
 @dataclass
@@ -66,11 +73,17 @@ class State:
             return None
         return distributed.interleave(self.buffer.images)
 
-    def is_finite(self):
-        """Whether weights, running statistics and buffers of all ranks are free of NaN and
-        infinity."""
-        buffer = [] if self.buffer is None else [self.buffer.images]
-        return all(distributed.gather(all_finite([*self.model.state_dict().values(), *buffer])))
+    def parts(self, judged=None):
+        """The state dicts of a file: all that resuming needs, or the network ``judged`` alone."""
+        if judged is not None:
+            return {"model": judged.state_dict()}
+        parts = {"model": self.model, "optimizer": self.optimizer, "average": self.average}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def is_finite(self, judged=None):
+        """Whether all that is saved, on all ranks, is free of NaN and infinity."""
+        buffer = None if self.buffer is None else self.buffer.images
+        return all(distributed.gather(all_finite({**self.parts(judged), "buffer": buffer})))
 
     def load(self, content, path):
         """Become the state that ``content`` of the resumable file ``path`` was saved from."""
@@ -80,11 +93,14 @@ class State:
             raise InputError(f"{path} cannot be resumed: it holds no optimiser state (use last.pt)")
         try:
             self.model.load_state_dict(content["model"])
-            self.optimizer.load_state_dict(content["optimizer"])
+            load_optimizer(self.optimizer, content["optimizer"])
             if self.average is not None:
                 self.average.load_state_dict(content["average"])
             if self.buffer is not None:
-                self.buffer.images.copy_(own_share(content["buffer"]))
+                images = own_share(content["buffer"])
+                if images.shape != self.buffer.images.shape:  # copy_ would repeat one image
+                    raise ValueError(f"a buffer of shape {tuple(content['buffer'].shape)}")
+                self.buffer.images.copy_(images)
             self.step, self.best = content["step"], content["best"]
             self.rollbacks, self.lr_factor = content["rng"]["stream"], content["lr_factor"]
             self.guard, self.log_lines = dict(content["guard"]), content["log_lines"]
@@ -95,6 +111,18 @@ class State:
     def become(self, other):
         """Take over all that ``other``, a state of the same run, holds."""
         vars(self).update(vars(other))
+
+
+def load_optimizer(optimizer, saved):
+    """Take over momenta and the like; settings are the run's own, whatever the file says."""
+    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group |= settings
+    for p, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if not isinstance(value, torch.Tensor) or value.shape not in (p.shape, ()):
+                raise ValueError(f"an optimiser's {name} that is no tensor of its weight's shape")
 
 
 def stream_seed(seed, rollbacks):
@@ -117,17 +145,13 @@ def save(path, state, epoch, *, judged=None, keep_as=None):
 
 def write(path, state, buffer, epoch, judged, keep_as):
     content = {
-        "format": FORMAT, "model": (judged or state.model).state_dict(),
-        "config": dict(state.model.config), "buffer": buffer, "p0": state.p0_origin,
+        "format": FORMAT, **state.parts(judged), "config": dict(state.model.config),
+        "buffer": buffer, "p0": state.p0_origin,
         "step": state.step, "epoch": epoch, "best": state.best, "args": state.args,
         # every random number is a function of these three
         "rng": {"seed": state.args["seed"], "stream": state.rollbacks, "step": state.step},
         "lr_factor": state.lr_factor, "guard": state.guard, "log_lines": state.log_lines,
         "versions": {"torch": str(torch.__version__), "python": platform.python_version()}}
-    if judged is None:
-        content["optimizer"] = state.optimizer.state_dict()
-        if state.average is not None:
-            content["average"] = state.average.state_dict()
     content["sha256"] = digest(content)
     with replacing(path, keep_as=keep_as) as file:
         try:
@@ -149,24 +173,47 @@ def digest(content):
     return sha.hexdigest()
 
 
+def is_ours(content):
+    """Whether ``save`` may have written it, in whatever version."""
+    return isinstance(content, dict) and bool({"format", "sha256"} & content.keys())
+
+
 def check(content, path):
     """``content`` if it is what ``save`` wrote; InputError, in one line, if not."""
-    if not isinstance(content, dict) or content.get("format") not in (FORMAT, OLD_FORMAT):
+    if not is_ours(content) or content.get("format") not in (FORMAT, OLD_FORMAT):
         raise InputError(f"{path} is not a checkpoint of this code")
     if missing := KEYS - content.keys():
-        raise InputError(f"{path} lacks {', '.join(sorted(missing))}")
-    types = {"model": dict, "config": dict, "args": dict, "p0": dict, "rng": dict, "guard": dict,
-             "step": int, "log_lines": int, "lr_factor": float, "best": float}
-    if wrong := [k for k, kind in types.items() if not isinstance(content[k], kind)]:
-        raise InputError(f"{path}: {', '.join(wrong)} of the wrong type")
+        raise Damaged(f"{path} lacks {', '.join(sorted(missing))}")
+    if wrong := [name for name, is_right in RIGHT.items() if not is_right(content[name])]:
+        raise InputError(f"{path}: {', '.join(wrong)} of the wrong type or size")
     try:
         same = digest(content) == content["sha256"]
     except (TypeError, RuntimeError, ValueError) as error:
         raise InputError(f"{path} holds tensors of a kind that is never saved "
                          f"[{one_line(error)}]") from error
     if not same:
-        raise InputError(f"{path} is damaged: its content is not what was saved")
+        raise Damaged(f"{path} is damaged: its content is not what was saved")
     return content
+
+
+def is_dict(value):
+    return isinstance(value, dict)
+
+
+def is_count(value):
+    return type(value) is int and 0 <= value <= MOST_STEPS
+
+
+def is_number(value):
+    return isinstance(value, float) and math.isfinite(value)
+
+
+# What a checkpoint holds besides tensors, and a test for each.
+RIGHT = {"model": is_dict, "config": is_dict, "args": is_dict, "p0": is_dict, "step": is_count,
+         "log_lines": is_count, "lr_factor": is_number, "best": is_number,
+         "epoch": lambda value: value is None or is_count(value),
+         "rng": lambda rng: is_dict(rng) and is_count(rng.get("stream")),
+         "guard": lambda guard: is_dict(guard) and all(map(is_number, guard.values()))}
 
 
 def load(path):
@@ -178,13 +225,16 @@ def load(path):
 def locked(run_dir):
     """Hold RUN/.lock, so that no second process writes to the folder; InputError if one does.
     What a killed process left half written is cleared away."""
-    with open(Path(run_dir) / ".lock", "a") as file:
+    with regular(Path(run_dir) / ".lock", "ab") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise InputError(f"another process is using {run_dir}: wait for it, or choose "
-                                 "another --run_dir") from error
+                if error.errno in LOCKED:
+                    raise InputError(f"another process is using {run_dir}: wait for it, or choose "
+                                     "another --run_dir") from error
+                say(f"{run_dir} lies where files cannot be locked [{error.strerror}]: see to it "
+                    "that no second process uses it")
         for folder in (Path(run_dir), Path(run_dir) / "samples"):
             for partial in folder.glob(".*.partial"):
                 partial.unlink(missing_ok=True)
@@ -218,29 +268,22 @@ class Opened(NamedTuple):
 
 
 def open_any(path):
-    """Ours or a released file of JEM, JEM++ or SADA-JEM, told apart by content, as ``Opened``."""
-    content = read(path)
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if official.is_official(content):
+    """Ours, a released file of JEM, JEM++ or SADA-JEM, or bare weights, told apart by content: an
+    ``Opened`` with its network on the CPU in eval mode."""
+    content, sha256 = read_hashed(path)
+    args = step = epoch = None
+    if is_ours(content):
+        content = check(content, path)
+        config, weights, buffer = (content[name] for name in ("config", "model", "buffer"))
+        args, step, epoch = (content[name] for name in ("args", "step", "epoch"))
+    elif official.is_official(content):
         try:
-            model, buffer = official.convert(content)
+            config, weights, buffer = official.translate(content)
         except ValueError as error:
             raise InputError(f"{path} is no released checkpoint: {one_line(error, 200)}") from error
-        args = step = epoch = None
     else:
-        content = check(content, path)
-        try:
-            check_config(content["config"])
-            model = JEM.build(**content["config"])
-            model.load_state_dict(content["model"])
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: its weights do not fit its network "
-                             f"[{one_line(error)}]") from error
-        buffer, args = content["buffer"], content["args"]
-        step, epoch = content["step"], content["epoch"]
-    if not all_finite([*model.state_dict().values()]):
-        raise InputError(f"{path}: its weights are not all finite numbers")
+        raise InputError(f"{path} is not a checkpoint that is read here. These are: {READABLE}")
+    model = network(config, weights, path)
     if isinstance(buffer, torch.Tensor) and buffer.dtype == torch.uint8:  # a published model's
         buffer = to_pixels(buffer)
     if buffer is not None and not (isinstance(buffer, torch.Tensor) and buffer.dim() == 4
@@ -249,17 +292,39 @@ def open_any(path):
     return Opened(str(path), sha256, model, buffer, args, step, epoch)
 
 
+def network(config, weights, path):
+    """The JEM of ``config`` with the ``weights`` of the file ``path``, in eval mode."""
+    try:
+        check_config(config)
+        with torch.device("meta"):  # what does not fit is told before memory is taken for it
+            JEM.build(**config).load_state_dict(weights, assign=True)
+        model = JEM.build(**config)
+        model.load_state_dict(weights)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: its weights do not fit its network "
+                         f"[{one_line(error)}]") from error
+    if not all_finite(model.state_dict()):
+        raise InputError(f"{path}: its weights are not all finite numbers")
+    return model.eval()
+
+
 def check_config(config):
-    """ValueError for a network beyond all use, before memory is taken for it."""
+    """ValueError for the words of a network beyond all use, and for what is no word of one."""
     most = {"depth": 1000, "width": 100}
-    if any(isinstance(v, int) and v > most.get(k, 100_000) for k, v in config.items()):
-        raise ValueError(f"no network of this size is evaluated: {config}")
+    for name, value in config.items():
+        good = (type(value) is int and 0 < value <= most.get(name, 100_000)
+                or type(value) is float and 0 < value <= 1 or isinstance(value, str))
+        if not good:
+            raise ValueError(f"no network that is evaluated has {name} {str(value)[:80]}")
 
 
-def all_finite(tensors):
-    """Whether no tensor holds a NaN or an infinity."""
-    finite = [torch.isfinite(t).all() for t in tensors if t.is_floating_point()]
-    return bool(torch.stack(finite).all())
+def all_finite(content):
+    """Whether no tensor in nested dictionaries and lists holds a NaN or an infinity."""
+    flags = {}
+    for _, leaf in leaves(content):
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+            flags.setdefault(leaf.device, []).append(torch.isfinite(leaf).all())
+    return all(bool(torch.stack(of_device).all()) for of_device in flags.values())
 
 
 def own_share(rows):

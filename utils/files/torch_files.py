@@ -1,84 +1,224 @@
-"""Reading files that torch.save wrote, whoever wrote them."""
+"""Reading files of tensors (torch.save's, old and new, and safetensors), whoever wrote them.
 
+A file is opened once: what is checked, loaded and hashed are the same bytes, even where another
+process replaces the file meanwhile. What is refused costs bounded time and memory.
+"""
+
+import contextlib
+import hashlib
+import io
 import pickle
+import pickletools
+import re
+import warnings
 import zipfile
 
+import safetensors.torch
 import torch
 
+from utils.files.regular import regular
 from utils.program import InputError
 
-MOST_LEAVES = 1_000_000  # objects in a file: the optimiser of WRN-40-10 comes to some thousands
+MOST_BYTES = 2**36  # of a file
+MOST_LEAVES = 200_000  # objects in a file: the optimiser of WRN-40-10 comes to some thousands
+MOST_DEPTH = 50  # of dictionaries and lists in each other
+MOST_PICKLED = 2**26  # bytes that describe the tensors: some hundred for each
+PLAIN = (str, int, float, complex, bool, bytes, torch.dtype, torch.device, type(None))
+BEGINNINGS = (  # of what people save or download in place of a checkpoint
+    (b"<", "a failed download?"), (b"404", "a failed download?"), (b"{", "a failed download?"),
+    (b"version https://git-lfs", "a Git LFS pointer: fetch the file itself with git lfs pull"),
+    (b"\x1f\x8b", "compressed by gzip: unpack it first"))
+
+
+class Damaged(InputError):
+    """A file that is cut short, altered or empty: an older copy of it may do."""
 
 
 def read(path):
-    """The content of a checkpoint file, on the CPU. Nothing in it is executed.
+    """The content of a file of tensors, on the CPU. Nothing in it is executed.
 
-    InputError, in one line, for a file that is missing, cut short, damaged, of another kind, or
+    InputError, in one line, for a file that is missing, damaged (``Damaged``), of another kind, or
     that holds anything but tensors and plain values (``weights_only=True``).
     """
-    check_zip(path)
+    with refusing(path), regular(path, most=MOST_BYTES) as file:
+        return content_of(file, path)
+
+
+def read_hashed(path):
+    """(content, SHA-256 of the file that it was read from). Errors as for ``read``."""
+    with refusing(path), regular(path, most=MOST_BYTES) as file:
+        content = content_of(file, path)
+        file.seek(0)
+        return content, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def refusing(path):
+    """Whatever goes wrong while the block reads ``path`` becomes an InputError of one line."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        for name, leaf in leaves(content):  # a view of few bytes can pretend to be of any size
-            if (isinstance(leaf, torch.Tensor)
-                    and leaf.numel() * leaf.element_size() > leaf.untyped_storage().nbytes()):
-                raise InputError(f"{path} is refused: {name} is larger than what is stored of it")
-        return content
+        yield
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"no checkpoint {path}") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder: name a checkpoint file in it") from None
     except PermissionError:
         raise InputError(f"{path} may not be read: permission denied") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
     except pickle.UnpicklingError as error:
-        unsafe = "Unsupported global" in str(error) or "weights_only" in str(error)
-        reason = "it holds more than tensors and plain values" if unsafe else one_line(error)
-        raise InputError(f"{path} is refused: {reason}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError,
-            IndexError, OverflowError, MemoryError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} cannot be read as a checkpoint: it is cut short, damaged or of "
-                         f"another kind [{one_line(error)}]") from error
+        raise unpickling_fault(path, str(error)) from error
+    except Exception as error:  # torch and zipfile raise all kinds over damaged bytes
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise InputError(f"{path} does not fit into memory") from None
+        raise Damaged(f"{path} cannot be read as a checkpoint: it is cut short, damaged or of "
+                      f"another kind [{one_line(error)}]") from error
+
+
+def unpickling_fault(path, said):
+    """The error for what torch's restricted unpickler ``said`` of a file."""
+    unsafe = re.search(r"GLOBAL (\S+)", said)
+    if unsafe or "Can only" in said or "unrecognized function" in said:
+        what = f"{unsafe[1]}, which is" if unsafe else ""
+        return InputError(
+            f"{path} is refused: it holds {what} more than tensors and plain values. If you trust "
+            "it, save its weights alone: c = torch.load(FILE, weights_only=False); "
+            "torch.save(c['state_dict'], NEW), with the name that its weights have there")
+    reason = one_line(said.rpartition("WeightsUnpickler error:")[2])
+    return Damaged(f"{path} cannot be read as a checkpoint: it is cut short, damaged or of another "
+                   f"kind [{reason}]")
+
+
+def content_of(file, path):
+    """What the open ``file`` holds, checked before and after it is loaded."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    head = file.read(24)
+    file.seek(0)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
+        content = safetensors.torch.load(file.read())
+    else:
+        if head.startswith(b"PK\x03\x04"):
+            check_zip(file, path, size)
+        elif head.startswith(b"\x80"):  # PyTorch's format before 1.6: five pickles, then the bytes
+            for _ in range(5):
+                check_pickle(file, path)
+        else:
+            raise no_checkpoint(path, head)
+        file.seek(0)
+        with warnings.catch_warnings(action="ignore"):  # of kinds that are refused below
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    check_content(content, path, size)
+    return content
+
+
+def no_checkpoint(path, head):
+    """The error for a file that begins with ``head``, as no file of tensors does."""
+    if not head:
+        return Damaged(f"{path} is no PyTorch checkpoint: it is empty")
+    why = next((f": {why}" for start, why in BEGINNINGS if head.startswith(start)), "")
+    word = (head.split() or [head])[0][:12].decode("latin-1").encode("unicode_escape").decode()
+    return Damaged(f"{path} is no PyTorch checkpoint (it begins with '{word}'{why})")
+
+
+def check_zip(file, path, size):
+    """InputError for a damaged or suspicious archive of ``size`` bytes. torch checks no checksums,
+    and a compressed entry (torch writes none) may grow without bound as it is read."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise InputError(f"{path} is refused: two entries of one name")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise InputError(f"{path} is refused: compressed entries, which torch never writes")
+        if sum(entry.file_size for entry in entries) > size:
+            raise InputError(f"{path} is refused: its entries are larger than the file")
+        if damaged := archive.testzip():
+            raise Damaged(f"{path} cannot be read as a checkpoint: {damaged} in it is damaged")
+        for entry in entries:
+            if entry.filename.rpartition("/")[2] == "data.pkl":
+                if entry.file_size > MOST_PICKLED:
+                    raise InputError(f"{path} is refused: it describes more than any network")
+                check_pickle(io.BytesIO(archive.read(entry)), path)
+
+
+def check_pickle(file, path):
+    """InputError where the pickle that begins here would take very long to load.
+
+    Its operations are followed, not executed: for each object, how many it consists of, written
+    out. A tuple of ten references to a tuple of ten ... is short, but its hash (it may be a key)
+    visits them all.
+    """
+    stack, memo, work = [], {}, 0  # what lies on the stack: sizes, and None for a mark
+    for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
+        name = operation.name
+        if name == "MARK":
+            stack.append(None)
+        elif "PUT" in name:
+            memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif "GET" in name:
+            stack.append(memo[argument])
+            work += memo[argument]
+        else:
+            taken, before = [], operation.stack_before
+            if pickletools.markobject in before:
+                before = before[:before.index(pickletools.markobject)]
+                while (top := stack.pop()) is not None:
+                    taken.append(top)
+            taken += [stack.pop() for _ in before]
+            whole = 1 + sum(taken)
+            stack += [whole] * len(operation.stack_after)
+            work += whole
+        if count > 10 * MOST_LEAVES or work > 500 * MOST_LEAVES:
+            raise InputError(f"{path} is refused: it holds more than {MOST_LEAVES:,} objects")
+
+
+def check_content(content, path, size):
+    """InputError for loaded ``content`` that cannot come from a sound file of ``size`` bytes."""
+    storages = {}
+    try:
+        for name, leaf in leaves(content):
+            if isinstance(leaf, PLAIN):
+                continue
+            if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided or (
+                    leaf.is_meta or leaf.is_quantized or leaf.is_nested):
+                kind = getattr(leaf, "layout", type(leaf).__name__)
+                raise InputError(f"{path} is refused: {name} is of a kind that is never saved "
+                                 f"({kind})")
+            storage = leaf.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            # a view of few bytes can pretend to be of any size
+            if leaf.numel() * leaf.element_size() > storage.nbytes():
+                raise InputError(f"{path} is refused: {name} is larger than what is stored of it")
+    except ValueError as error:
+        raise InputError(f"{path} is refused: it holds {error}") from error
+    if sum(storages.values()) > size:
+        raise InputError(f"{path} is refused: its tensors are larger than the file")
 
 
 def leaves(value):
     """(name, leaf) of all that nested dictionaries, lists and tuples hold, names in sorted order.
 
-    ValueError beyond MOST_LEAVES objects: a few bytes of pickle can stand for more lists in lists
-    than any machine can walk through.
+    ValueError beyond MOST_LEAVES objects or MOST_DEPTH: a few bytes of pickle can stand for more
+    lists in lists than any machine can walk through.
     """
-    todo, seen = [("", value)], 0
+    todo, seen = [("", 0, value)], 0
     while todo:
-        name, value = todo.pop()
+        name, depth, value = todo.pop()
         seen += 1
-        if seen > MOST_LEAVES:
+        if seen + len(todo) > MOST_LEAVES:
             raise ValueError(f"more than {MOST_LEAVES:,} objects")
+        if depth > MOST_DEPTH:
+            raise ValueError(f"more than {MOST_DEPTH} levels of objects in each other")
         if isinstance(value, dict):
-            todo += [(f"{name}/{key}", value[key]) for key in sorted(value, key=str, reverse=True)]
+            todo += [(f"{name}/{key}", depth + 1, value[key])
+                     for key in sorted(value, key=str, reverse=True)]
         elif isinstance(value, (list, tuple)):
-            todo += [(f"{name}/{k}", part) for k, part in reversed(list(enumerate(value)))]
+            todo += [(f"{name}/{k}", depth + 1, part) for k, part in reversed([*enumerate(value)])]
         else:
             yield name, value
-
-
-def check_zip(path):
-    """InputError for a damaged or suspicious archive. torch checks no checksums, and a compressed
-    entry (torch writes none) may grow without bound as it is read."""
-    if not zipfile.is_zipfile(path):
-        return  # the format before torch 1.6, or no checkpoint at all: torch.load tells
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if len({entry.filename for entry in entries}) < len(entries):
-                raise InputError(f"{path} is refused: two entries of one name")
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise InputError(f"{path} is refused: compressed entries, which torch never writes")
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, NotImplementedError,
-            EOFError) as error:
-        raise InputError(f"{path} cannot be read as a checkpoint: it is cut short or damaged "
-                         f"[{one_line(error)}]") from error
-    if damaged:
-        raise InputError(f"{path} cannot be read as a checkpoint: {damaged} in it is damaged")
 
 
 def one_line(error, length=160):
