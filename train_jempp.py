@@ -275,7 +275,9 @@ def evaluate(setup, network, epoch, means, log):
         x = state.whole_buffer()
         every = max(1, len(x) // 100)  # evenly spaced over the slots and so over the classes
         log.samples(f"epoch_{epoch:04d}", x[::every][:100], state.step)
-    if scores["valid_accuracy"] is None or scores["valid_accuracy"] > state.best:
+    if not state.is_finite(network):  # as --recalibrate_bn may make it
+        say("best.pt is left as it is: the network's running statistics are not all finite")
+    elif scores["valid_accuracy"] is None or scores["valid_accuracy"] > state.best:
         state.best = scores["valid_accuracy"] or -1.0
         checkpoint.save(log.dir / "best.pt", state, epoch, judged=network)
     parts = [f"{k} {100 * v:.2f} %" for k, v in scores.items() if v is not None]
@@ -314,7 +316,8 @@ def main(argv=None):
 def run(args, run_dir, setup):
     """Resume if there is something to resume, train, close the log; the exit code."""
     state, data = setup.state, setup.data
-    if resume(run_dir, setup, args):
+    resumed = resume(run_dir, setup, args)
+    if resumed is not None:
         say(f"continuing {run_dir} after step {state.step}")
     elif args.load_path:
         opened = load_start(args, state)
@@ -328,9 +331,12 @@ def run(args, run_dir, setup):
               "n_valid": len(setup.valid.y), "n_test": len(setup.test.y),
               **data.images.about,
               "parameters": sum(p.numel() for p in state.model.parameters()),
-              "processes": distributed.world()}
+              "processes": distributed.world(), **(resumed or {})}
     log = RunLog(run_dir, state.step, header, state.log_lines)
     reason, detail = train(args, setup, log, Stop(args.max_minutes))
+    if reason in ("max_steps", "max_minutes") and not distributed.gather(
+            (run_dir / "best.pt").exists())[0]:  # it ended before any evaluation
+        evaluate(setup, judged(args, state, data), state.step // data.steps_per_epoch, {}, log)
     code = {"finished": program.EXIT_OK, "max_steps": program.EXIT_OK,
             "diverged": program.EXIT_DIVERGED}.get(reason, program.EXIT_STOPPED)
     log.close(state.step, reason=reason, detail=detail, exit_code=code,

@@ -16,10 +16,13 @@ from utils.files.records import jsonable, read_json
 from utils.own_images import is_own
 from utils.program import InputError, parser, say
 
-# Flags that only say how far, how often or on what to run. A resumed run may change them.
+# Flags that only say how far, how often or on what to run. A resumed run may change them. So may it
+# the guard's bounds: they alter no step, only which steps are undone, and each resume line of
+# train.jsonl tells those in force from there on. A run that the guard ended could not go on else.
 FREE = {"max_steps", "max_minutes", "ckpt_steps", "print_every", "keep_every", "on_divergence",
         "max_rollbacks", "num_threads", "run_dir", "data_root", "download", "device", "dry_run",
-        "compile", "fast", "cudnn_benchmark", "batch_size", "accumulate", "dist_timeout"}
+        "compile", "fast", "cudnn_benchmark", "batch_size", "accumulate", "dist_timeout",
+        "max_loss", "max_gap", "max_saturated", "min_accuracy_ratio", "good_after"}
 # Flags that a resumed run may change as long as the rate of every step taken stays what it was.
 SCHEDULE = {"n_epochs", "decay_epochs"}
 # What belongs to a data set.
@@ -63,6 +66,8 @@ def evaluation_args(argv, evaluations):
 def evaluation_settings(saved, typed, protocol):
     """All settings of one checkpoint's evaluation as a dict: the defaults, what its file says
     (``saved``, or None), what was typed, and how to measure."""
+    if saved is not None:
+        check_values(saved)
     saved_root = (saved or {}).get("data_root")
     saved = {k: float(v) if v in ("inf", "-inf") else v for k, v in (saved or {}).items()
              if k not in MACHINE}
@@ -226,9 +231,30 @@ def n_parts(args):
     return distributed.world() * args.accumulate
 
 
+def check_values(saved):
+    """InputError for a value among ``saved`` arguments that no command line could have given."""
+    def refuse(message):
+        raise InputError(f"a run's arguments hold what no flag takes: {message[:200]}")
+
+    p, words = train_parser(), []
+    p.error = refuse
+    for name in vars(p.parse_args([])).keys() & saved.keys() - MACHINE - {"run_dir", "dry_run"}:
+        value = saved[name]
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    p.parse_args(words)
+    if not all(isinstance(name, str) for name in saved.get("class_names", ())):
+        refuse("class_names")
+
+
 def completed(saved):
     """``saved`` arguments of a run, with those that it does not know (flags are added now and then)
     at their defaults."""
+    check_values(saved)
     known = vars(train_parser().parse_args([]))
     args = argparse.Namespace(**known | saved)
     args.batch_size, args.accumulate = None, 1  # a matter of how many processes there are

@@ -193,6 +193,12 @@ def add_train(p, typed_only=False):
          help="a larger |loss| counts as divergence (released: 1e8)")
     flag("--max_gap", type=number(float, above=0), default=1000.0,
          help="a larger |E(x+) - E(x-)| counts as divergence")
+    flag("--max_saturated", type=RATE, default=0.995, metavar="FRACTION",
+         help="more of the chains' pixels at their bounds counts as divergence (flat colours "
+              "are no images); 1 is off")
+    flag("--min_accuracy_ratio", type=RATE, default=0.5, metavar="FRACTION",
+         help="training accuracy below this fraction of its best so far counts as divergence; "
+              "0 is off")
     flag("--good_after", type=NATURAL, default=100, metavar="STEPS",
          help="a checkpoint is good to go back to once the run survived it so long")
     flag("--check_every", type=POSITIVE, default=10, metavar="STEPS",

@@ -7,7 +7,6 @@ non-finite values an InputError, wrong shapes a ValueError.
 """
 
 import contextlib
-import hashlib
 import http.client
 import socket
 import sys
@@ -28,6 +27,7 @@ from utils.data import DOWNLOAD_TIMEOUT
 from utils.evaluation.inference import predict
 from utils.files import torch_files
 from utils.files.records import replacing
+from utils.files.regular import regular
 from utils.files.torch_files import one_line
 from utils.program import InputError, Unavailable
 
@@ -46,8 +46,7 @@ def inception(weights=None, download=True):
     with distributed.first_goes_ahead():
         path = find_weights(weights, download and distributed.rank() == 0)
     try:
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        state = torch_files.read(path)
+        state, sha256 = torch_files.read_hashed(path)
         # pytorch-fid takes no weights file, but fetches its weights through this one function ...
         with mock.patch.object(pytorch_fid.inception, "load_state_dict_from_url",
                                lambda *args, **kwargs: state):
@@ -214,6 +213,16 @@ class Reference(NamedTuple):
     features: np.ndarray
 
 
+@contextlib.contextmanager
+def cache(path):
+    """The arrays of a cache file, opened as what np.savez writes: sound and uncompressed."""
+    with regular(path) as file:
+        torch_files.check_zip(file, path, path.stat().st_size)
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            yield arrays
+
+
 def reference_statistics(path, compute):
     """The ``Reference`` cached at ``path`` (.npz); else that of the features [n, d] that
     ``compute()`` gives, which is then written there. A file that cannot be used is replaced, with
@@ -221,7 +230,7 @@ def reference_statistics(path, compute):
     """
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with cache(path) as file:
             cached = Reference(file["mean"], file["covariance"], int(file["n"]), file["features"])
         d = len(cached.mean)
         if cached.covariance.shape != (d, d) or cached.features.shape[1:] != (d,):
@@ -229,8 +238,8 @@ def reference_statistics(path, compute):
         return cached
     except FileNotFoundError:
         pass
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError,
-            zipfile.BadZipFile) as error:
+    except (InputError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError,
+            EOFError, MemoryError, zipfile.BadZipFile) as error:
         print(f"{path} is no usable cache [{one_line(error)}]: computing it again", file=sys.stderr)
     features = compute()
     kept = np.linspace(0, len(features) - 1, min(len(features), KEPT_FEATURES)).astype(np.int64)

@@ -21,7 +21,7 @@ ASIDE = {"run_dir", "data_root", "download", "device", "num_threads", "determini
 # What counts as divergence and what follows it: recorded, but runs that differ in these alone are
 # runs of one method.
 GUARD = {"on_divergence", "max_rollbacks", "rollback_lr_factor", "max_loss", "max_gap",
-         "good_after", "check_every"}
+         "max_saturated", "min_accuracy_ratio", "good_after", "check_every"}
 # The words of a protocol that are shown to people; a record holds all of them.
 SHOWN = {"split", "score", "out", "attack", "norm", "eps", "eps_255", "source", "selection", "bins",
          "steps", "restarts", "chain_steps", "reference"}

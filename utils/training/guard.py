@@ -14,24 +14,25 @@ import torch
 from utils import distributed
 from utils.cli import check_same_run
 from utils.files import checkpoint
-from utils.program import launched
+from utils.files.torch_files import Damaged
+from utils.program import InputError, launched, say
 from utils.training.build import new_state
 from utils.training.schedule import check_past_rates
 
-SATURATED = 0.995  # of a chain's pixels at their bounds: chains of one flat colour, no image
-COLLAPSED = 0.5  # of the best training accuracy so far
 MEMORY = 0.98  # per step, of the running mean that a collapse is seen in
 
 
 class Guard:
     """Bounds on the logged scalars, and a running mean of the training accuracy.
 
-    ``max_loss`` bounds |loss|, ``max_gap`` |E(x+) - E(x-)|. What it remembers lies in the state,
-    so that a resumed run judges alike.
+    ``max_loss`` bounds |loss|, ``max_gap`` |E(x+) - E(x-)|, ``max_saturated`` the fraction of the
+    chains' pixels at their bounds, and the mean accuracy may not fall below ``min_accuracy_ratio``
+    times its peak. What it remembers lies in the state, so that a resumed run judges alike.
     """
 
     def __init__(self, args, n_classes):
         self.max_loss, self.max_gap, self.chance = args.max_loss, args.max_gap, 1 / n_classes
+        self.max_saturated, self.min_ratio = args.max_saturated, args.min_accuracy_ratio
         self.images = args.labelled_batch / (1 - MEMORY)  # that the running mean is taken over
 
     def look(self, state, rows, before_saving=False):
@@ -42,7 +43,7 @@ class Guard:
             if cause := self.fault(row, state.guard):
                 return step, cause
         if before_saving and not state.is_finite():
-            return state.step, "weights or buffer are not finite"
+            return state.step, "weights, their average, optimiser state or buffer are not finite"
         return None
 
     def fault(self, row, memory):
@@ -55,15 +56,17 @@ class Guard:
             gap = row.get(pos, 0.0) - row.get(neg, 0.0)
             if abs(gap) > self.max_gap:
                 return f"the energy gap is {gap:.3g}, beyond --max_gap {self.max_gap:g}"
-        if row.get("saturated", 0.0) > SATURATED:
-            return f"{100 * row['saturated']:.1f} % of the chains' pixels are at their bounds"
+        if row.get("saturated", 0.0) > self.max_saturated:
+            return (f"{100 * row['saturated']:.1f} % of the chains' pixels are at their bounds, "
+                    f"beyond --max_saturated {self.max_saturated:g}")
         if "accuracy" in row:
             mean = MEMORY * memory.get("mean", self.chance) + (1 - MEMORY) * row["accuracy"]
             peak = max(memory.get("peak", self.chance), mean)
             memory |= {"mean": mean, "peak": peak}
             noise = 5 * (peak * (1 - peak) / self.images) ** 0.5  # of tiny batches
-            if mean < COLLAPSED * peak - noise and peak > 3 * self.chance:
-                return f"training accuracy fell to {100 * mean:.1f} % from {100 * peak:.1f} %"
+            if mean < self.min_ratio * peak - noise and peak > 3 * self.chance:
+                return (f"training accuracy fell to {100 * mean:.1f} % from {100 * peak:.1f} %, "
+                        f"beyond --min_accuracy_ratio {self.min_ratio:g}")
         return None
 
 
@@ -97,7 +100,28 @@ def saved_states(run_dir):
     """The resumable files of a run, newest first. The first is what the same command continues
     from: a crash between two renames may have left no last.pt."""
     paths = [Path(run_dir) / f"{name}.pt" for name in ("last", "candidate", "good", "start")]
-    return [path for path in paths if path.exists()]
+    return [path for path in paths if path.exists() or path.is_symlink()]  # not a link to nothing
+
+
+def set_aside_damaged(run_dir):
+    """Rename what is damaged of a run's resumable files to NAME.damaged, where a whole one is left
+    to go on from; {name: what is wrong}. InputError where none is. A call that every rank makes."""
+    paths, damaged = saved_states(run_dir), {}
+    for path in paths:
+        try:
+            checkpoint.load(path)
+        except Damaged as error:
+            damaged[path] = str(error)
+    if damaged and len(damaged) == len(paths):
+        raise InputError(f"{next(iter(damaged.values()))}. No whole file of the run is left "
+                         "to go on from: choose another --run_dir")
+    distributed.barrier()  # all have looked
+    if distributed.rank() == 0:
+        for path, fault in damaged.items():
+            path.replace(path.with_suffix(".damaged"))
+            say(f"{fault}. Kept as {path.stem}.damaged: the run goes on without it")
+    distributed.barrier()
+    return {path.name: fault for path, fault in damaged.items()}
 
 
 def candidate_step(run_dir):
@@ -107,14 +131,16 @@ def candidate_step(run_dir):
 
 
 def resume(run_dir, setup, args):
-    """Continue from the newest saved state, if there is one; whether there is.
+    """Continue from the newest whole state, if one was saved: what the log's line of it tells
+    besides (which files were damaged), or None for a run that begins.
 
     InputError where the run has other arguments, or took its steps at other learning rates than
     ``args`` would have given them.
     """
+    damaged = set_aside_damaged(run_dir)
     saved = saved_states(run_dir)
     if not saved:
-        return False
+        return None
     content, state = checkpoint.load(saved[0]), setup.state
     before = check_same_run(saved[0], content["args"], vars(args))
     check_past_rates(argparse.Namespace(**before), args, content["step"],
@@ -122,7 +148,7 @@ def resume(run_dir, setup, args):
     state.load(content, saved[0])
     state.candidate_at = candidate_step(run_dir)
     setup.data.reseed(state.seed)
-    return True
+    return {"recovered_from": saved[0].name, "damaged": damaged} if damaged else {}
 
 
 def roll_back(run_dir, setup, args, step, cause, log):
@@ -136,7 +162,7 @@ def roll_back(run_dir, setup, args, step, cause, log):
     state = setup.state
     rollbacks, lr_factor = state.rollbacks + 1, state.lr_factor * args.rollback_lr_factor
     best = state.best  # best.pt stays the best of the whole run, what was rolled back included
-    distributed.barrier()  # nobody writes while all look for it
+    set_aside_damaged(run_dir)
     for path in saved_states(run_dir):
         survived = step - checkpoint.step_of(path) > args.good_after
         if path.name in ("good.pt", "start.pt") or survived:
