@@ -27,7 +27,15 @@ from samplers import ReplayBuffer, to_pixels
 from utils import distributed
 from utils.files.records import replacing
 from utils.files.regular import regular
-from utils.files.torch_files import Damaged, leaves, one_line, read, read_hashed
+from utils.files.torch_files import (
+    MOST_BYTES,
+    Damaged,
+    leaves,
+    one_line,
+    read,
+    read_hashed,
+    refusing,
+)
 from utils.program import InputError, say
 
 FORMAT, OLD_FORMAT = "jempp-2", "jempp-1"
@@ -248,11 +256,8 @@ def step_of(path):
 
 def sha256_of(path):
     """The SHA-256 that ``open_any(path).sha256`` is."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise InputError(f"no checkpoint {path}") from None
+    with refusing(path), regular(path, most=MOST_BYTES) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Opened(NamedTuple):
@@ -312,8 +317,8 @@ def check_config(config):
     """ValueError for the words of a network beyond all use, and for what is no word of one."""
     most = {"depth": 1000, "width": 100}
     for name, value in config.items():
-        good = (type(value) is int and 0 < value <= most.get(name, 100_000)
-                or type(value) is float and 0 < value <= 1 or isinstance(value, str))
+        good = (isinstance(value, bool | str) or type(value) is float and 0 < value <= 1
+                or type(value) is int and 0 < value <= most.get(name, 100_000))
         if not good:
             raise ValueError(f"no network that is evaluated has {name} {str(value)[:80]}")
 
