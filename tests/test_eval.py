@@ -233,7 +233,7 @@ def broken(kind, run, folder):
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("text", "cannot be read"), ("truncated", "cannot be read"), ("pickle", "refused"),
+    ("text", "no PyTorch checkpoint"), ("truncated", "cannot be read"), ("pickle", "refused"),
     ("missing_key", "do not fit"), ("released_missing_key", "Missing key"), ("nan", "not all fin"),
     ("folder", "is a folder"), ("other", "not a checkpoint"), ("absent", "no checkpoint")])
 def test_a_bad_checkpoint_is_one_line_and_costs_no_record(
