@@ -14,10 +14,12 @@ from utils.files.regular import read_bytes, regular
 from utils.program import InputError
 
 # Training arguments that a record leaves aside: those of the machine, of how far a run goes, of how
-# often it tells or saves something, the words in its pictures, and where a file lay whose hash it has.
+# often it tells or saves something, the words in its pictures, and the place of a file whose hash
+# is recorded.
 ASIDE = {"run_dir", "data_root", "download", "device", "num_threads", "deterministic",
          "channels_last", "compile", "fast", "cudnn_benchmark", "dist_timeout", "dry_run",
-         "max_steps", "max_minutes", "ckpt_steps", "print_every", "keep_every", "class_names", "load_path"}
+         "max_steps", "max_minutes", "ckpt_steps", "print_every", "keep_every", "class_names",
+         "load_path"}
 # What counts as divergence and what follows it: recorded, but runs that differ in these alone are
 # runs of one method.
 GUARD = {"on_divergence", "max_rollbacks", "rollback_lr_factor", "max_loss", "max_gap",
