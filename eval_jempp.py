@@ -8,6 +8,11 @@ recorded. Each number becomes one JSON line in --results, raw scores and picture
 Exit codes: 0 done (what could not be measured is said in a line each), 2 bad input.
 """
 
+from utils import start
+
+if __name__ == "__main__":
+    start.begin()  # before the imports, which take seconds
+
 import itertools
 import os
 import re
@@ -51,7 +56,8 @@ def main(argv=None):
     results = Path(protocol.results or Path(protocol.load_path[0]).parent / "eval/results.jsonl")
     records.read_jsonl(results)  # a file of another kind is not appended to
     entries = open_all(protocol, overrides, device)
-    make_place(results)
+    if distributed.rank() == 0:
+        records.check_writable(results)  # told before anything is measured
 
     # each evaluation of all checkpoints before the next one
     curves, measured, left_out = {}, False, False
@@ -150,12 +156,6 @@ def unique(names):
     return result
 
 
-def make_place(results):
-    """The results file, if it is not there yet: what cannot be written is told early."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    if distributed.rank() == 0:
-        with open(results, "a"):
-            pass
 
 
 def measure(name, entry, results):

@@ -8,6 +8,11 @@ The same command again continues the run. Exit codes: 0 finished, 2 bad input, 3
 75 stopped early with its state saved (run again to go on).
 """
 
+from utils import start
+
+if __name__ == "__main__":
+    start.begin()  # before the imports, which take seconds
+
 import copy
 from contextlib import ExitStack, nullcontext
 from pathlib import Path

@@ -20,12 +20,17 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity
-from torch.utils.flop_counter import FlopCounterMode
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import start  # noqa: E402
+
+if __name__ == "__main__":
+    start.begin()  # before the imports, which take seconds
+
+import torch  # noqa: E402
+from torch.autograd import DeviceType  # noqa: E402
+from torch.profiler import ProfilerActivity  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import train_jempp  # noqa: E402
 from models import JEM, network_name  # noqa: E402
@@ -290,13 +295,14 @@ def main(argv=None):
                    help="time JEM, K = 20, too: as published, and with the same norm as JEM++")
     p.add_argument("--only", choices=("ours",), help="leave the literal side out")
     p.add_argument("--repeats", type=flags.POSITIVE, default=5, help="interleaved rounds")
-    p.add_argument("--profile", metavar="FILE",
+    p.add_argument("--profile", type=program.path, metavar="FILE",
                    help="append a table of where the time of one iteration goes")
     p.add_argument("--check", nargs="?", choices=("float32", "float64"), const="float32",
                    help="instead of times, the largest differences between three of our steps and "
                         "the literal ones from the same states, past the warm-up")
     p.add_argument("--json", action="store_true", help="a JSON object a configuration, no text")
-    p.add_argument("--show", metavar="FILE", help="print what --json left in FILE, and stop")
+    p.add_argument("--show", type=program.path, metavar="FILE",
+                   help="print what --json left in FILE, and stop")
     own, rest = p.parse_known_args(argv)
     program.refuse_torchrun("times one process; benchmark_scaling.py times several")
     if own.show:

@@ -18,6 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from utils import start  # noqa: E402
+
+if __name__ == "__main__":
+    start.begin()  # before the imports, which take seconds
+
 from models import network_name  # noqa: E402
 from samplers import sampler_name  # noqa: E402
 from utils import (  # noqa: E402
@@ -55,7 +60,8 @@ def main(argv=None):
     p.add_argument("--processes", nargs="+", type=flags.POSITIVE, default=[1, 2], metavar="n",
                    help="rows; each divides the largest")
     p.add_argument("--repeats", type=flags.POSITIVE, default=3, help="turns of every row")
-    p.add_argument("--results", required=True, metavar="OUT.jsonl", help="append records here")
+    p.add_argument("--results", type=program.path, required=True, metavar="OUT.jsonl",
+                   help="append records here")
     own, words = p.parse_known_args(argv)
     args, parts, started = cli.train_args(words), max(own.processes), records.now()
     device = machine.pick_device(args.device, 0)

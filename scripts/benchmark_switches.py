@@ -13,6 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import start  # noqa: E402
+
+if __name__ == "__main__":
+    start.begin()  # before the imports, which take seconds
+
 import torch  # noqa: E402
 
 from models import network_name  # noqa: E402
@@ -54,7 +59,8 @@ def prepare(row, words, device):
 
 def main(argv=None):
     p = program.parser(__doc__.splitlines()[0])
-    p.add_argument("--results", required=True, metavar="OUT.jsonl", help="append records here")
+    p.add_argument("--results", type=program.path, required=True, metavar="OUT.jsonl",
+                   help="append records here")
     p.add_argument("--repeats", type=flags.POSITIVE, default=5, help="turns of every row")
     own, rest = p.parse_known_args(argv)
     program.refuse_torchrun("times one process; benchmark_scaling.py times several")

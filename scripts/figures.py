@@ -15,6 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import start  # noqa: E402
+
+if __name__ == "__main__":
+    start.begin()  # before the imports, which take seconds
+
 import torch  # noqa: E402
 
 from models import network_name  # noqa: E402
@@ -162,8 +167,10 @@ def mean_and_spread(line):
 def main(argv=None):
     p = program.parser(__doc__.splitlines()[0])
     p.add_argument("figure", choices=("p0", "curves", "evolution", "robustness"))
-    p.add_argument("--out", required=True, help="the picture (robustness: without _linf.png)")
-    p.add_argument("--records", default=None, help="a results file (curves: written, not read)")
+    p.add_argument("--out", type=program.path, required=True,
+                   help="the picture (robustness: without _linf.png)")
+    p.add_argument("--records", type=program.path, default=None,
+                   help="a results file (curves: written, not read)")
     p.add_argument("--line", nargs="+", action="append", default=[], metavar="LABEL RUN...",
                    help="a label and its run folders; may be repeated")
     flags.add_data(p)

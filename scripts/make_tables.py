@@ -207,27 +207,27 @@ def disagreements(between, texts):
 
 def main(argv=None):
     p = program.parser(__doc__.splitlines()[0])
-    p.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR",
+    p.add_argument("--results", type=program.path, default=ROOT / "results", metavar="DIR",
                    help="folder of the records; without a paper.jsonl there, results/ has it")
     p.add_argument("--print", action="store_true", help="to the terminal (without other words)")
-    p.add_argument("--write", type=Path, nargs="?", const=PAGE, metavar="FILE",
+    p.add_argument("--write", type=program.path, nargs="?", const=PAGE, metavar="FILE",
                    help=f"write the tables between {BEGIN} and {END} of FILE (results/README.md)")
     p.add_argument("--check", action="store_true",
                    help="write nothing; exit code 1 if that file and the records disagree")
     args = p.parse_args(argv)
-    if not args.results.is_dir():
-        raise program.InputError(f"--results {args.results} is no folder")
-    texts = all_tables(args.results)
+    results, file = Path(args.results), Path(args.write or PAGE)
+    if not results.is_dir():
+        raise program.InputError(f"--results {results} is no folder")
+    texts = all_tables(results)
     if args.print or not (args.write or args.check):
         print("\n\n".join(texts.values()))
     if not (args.write or args.check):
         return program.EXIT_OK
-    file = args.write or PAGE
     before, between, after = split_file(file)
     if args.check:
         wrong = disagreements(between, texts)
         if wrong:
-            print(f"{file} and {args.results} disagree ({'; '.join(wrong)}): run "
+            print(f"{file} and {results} disagree ({'; '.join(wrong)}): run "
                   "python scripts/make_tables.py --write", file=sys.stderr)
         return int(bool(wrong))
     with records.replacing(file) as out:

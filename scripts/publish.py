@@ -17,6 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils import start  # noqa: E402
+
+if __name__ == "__main__":
+    start.begin()  # before the imports, which take seconds
+
 import torch  # noqa: E402
 
 from utils import (  # noqa: E402
@@ -143,16 +148,17 @@ def table(out):
 def main(argv=None):
     p = program.parser(__doc__.splitlines()[0])
     p.add_argument("what", choices=("model", "card"))
-    p.add_argument("paths", nargs="+", type=Path, metavar="RUN OUT | OUT")
+    p.add_argument("paths", nargs="+", type=program.path, metavar="RUN OUT | OUT")
     p.add_argument("--n_buffer", type=flags.POSITIVE, default=300, help="buffer images to publish")
     args = p.parse_args(argv)
     if len(args.paths) != {"model": 2, "card": 1}[args.what]:
         raise program.InputError("type `model RUN OUT` or `card OUT`")
     if args.what == "model":
-        program.say(f"wrote {publish(*args.paths, args.n_buffer)}")
+        program.say(f"wrote {publish(*map(Path, args.paths), args.n_buffer)}")
     else:
-        card(args.paths[0])
-        program.say(f"wrote {args.paths[0] / 'README.md'}")
+        out = Path(args.paths[0])
+        card(out)
+        program.say(f"wrote {out / 'README.md'}")
     return program.EXIT_OK
 
 

@@ -16,9 +16,10 @@ from utils.files import records  # noqa: E402
 
 def main(argv=None):
     p = program.parser(__doc__.splitlines()[0])
-    p.add_argument("run_dir", help="a run folder of train_jempp.py")
+    p.add_argument("run_dir", type=program.path, help="a run folder of train_jempp.py")
     p.add_argument("--method", required=True, help="its row in the paper")
-    p.add_argument("--results", required=True, metavar="OUT.jsonl", help="append records here")
+    p.add_argument("--results", type=program.path, required=True, metavar="OUT.jsonl",
+                   help="append records here")
     args = p.parse_args(argv)
     log = records.read_jsonl(Path(args.run_dir) / "train.jsonl")
     if not log or log[-1].get("kind") != "end":

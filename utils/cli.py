@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -217,6 +218,9 @@ def check_together(args):
         raise InputError("--literal_pyld is uncompiled and float32: drop --fast, --compile, --amp")
     if args.load_buffer and not (args.p_x_weight or args.p_x_y_weight):
         raise InputError("--load_buffer: a run that trains p(y|x) alone has no replay buffer")
+    grown = math.log2(args.lr) + len(args.decay_epochs) * math.log2(args.decay_rate)
+    if grown + math.log2(args.global_batch_size) > 127:
+        raise InputError("--lr times --decay_rate at all --decay_epochs is beyond float32")
     if args.nesterov and args.optimizer != "sgd":
         raise InputError("--nesterov goes with --optimizer sgd")
 
@@ -277,7 +281,9 @@ def check_same_run(path, saved, now):
     changed = [f"--{name} {before[name]} there, {now[name]} here"
                for name in sorted(now.keys() - FREE - SCHEDULE) if before[name] != now[name]]
     if changed:
-        raise InputError(f"{path} is of a run with other arguments: {'; '.join(changed)}. "
+        chosen = f" (--fast chose here: type --amp {before['amp']})" * (
+            bool(now["fast"]) and before["amp"] != now["amp"])
+        raise InputError(f"{path} is of a run with other arguments: {'; '.join(changed)}{chosen}. "
                          "Type the same ones, or choose another --run_dir")
     return before
 

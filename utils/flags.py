@@ -6,32 +6,69 @@ code's. The paper's symbols are the metavars. What flags mean together is in uti
 
 import argparse
 import math
+import os
 
 from models import NETWORKS, NORMS
+from utils.program import path
+
+LARGEST, SMALLEST = 2.0**128 - 2.0**104, 2.0**-126  # normal numbers of float32, in which we compute
 
 
-def number(kind, low=-math.inf, high=math.inf, *, above=None, finite=True):
-    """An argparse type: a ``kind`` in [low, high] or strictly above ``above``; infinity only where
-    ``finite`` is False, NaN never."""
+def number(kind, low=None, high=None, *, above=None, finite=True):
+    """An argparse type: a ``kind`` in [low, high] or (above, high]; infinity only where ``finite``
+    is False, NaN never. Unless bounded closer, integers fit 64 bits and floats float32."""
+    largest = 2**63 - 1 if kind is int else LARGEST
+    low, high = -largest if low is None else low, largest if high is None else high
+    opening = f"[{low:.4g}" if above is None else f"({above:.4g}"
+    bounds = f"{opening}, {f'{high:.4g}' if kind is float else high}]"
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
-        if finite and math.isinf(value):
+        if value == math.inf and not finite:
+            return value
+        if finite and kind is float and math.isinf(value):
             raise argparse.ArgumentTypeError(f"{text} is not finite")
-        if math.isnan(value) or not low <= value <= high or (above is not None and value <= above):
-            bounds = f"> {above}" if above is not None else f"in [{low}, {high}]"
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        if not low <= value <= high or (above is not None and value <= above):
+            raise argparse.ArgumentTypeError(f"{text} is not in {bounds}")
+        if kind is float and 0 < abs(value) < SMALLEST:
+            raise argparse.ArgumentTypeError(f"{text} is nothing in float32: type 0 if you mean it")
         return value
 
     return parse
 
 
-POSITIVE, NATURAL = number(int, 1), number(int, 0, 2**63 - 1)
-WEIGHT, RATE = number(float, 0, 1e9), number(float, 0, 1)
+# Counts, which cost time alone, and seeds; sizes, which machine.check_memory bounds besides
+POSITIVE, NATURAL = number(int, 1), number(int, 0)
+SIZE, SIZE_OR_NONE, AT_LEAST_2 = number(int, 1, 10**7), number(int, 0, 10**7), number(int, 2, 10**6)
+# Weights, steps and rates: a product of three of them is a number in float32
+WEIGHT, STEP, RATE = number(float, 0, 1e12), number(float, high=1e12, above=0), number(float, 0, 1)
+FACTOR = number(float, high=1, above=0)
+THREADS = number(int, 0, max(64, 4 * (os.cpu_count() or 1)))
 FLAG = argparse.BooleanOptionalAction
+
+
+def run_dir(text):
+    """A path into which TensorBoard can write, too."""
+    try:
+        path(text).encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text} is not UTF-8: choose another name") from None
+    return path(text)
+
+
+def label(text):
+    """Words for pictures and records, whatever the terminal's encoding: UTF-8 with � for the rest.
+    """
+    return os.fsencode(text).decode(errors="replace")
+
+
+def images(text):
+    """The name of a data set; ~ is the home folder behind ``folder:`` and ``npz:``."""
+    kind, colon, rest = text.partition(":")
+    return f"{kind}:{path(rest)}" if colon and kind in ("folder", "npz") else text
 
 
 def group(p, title, typed_only=False):
@@ -47,16 +84,16 @@ def group(p, title, typed_only=False):
 
 def add_data(p, typed_only=False):
     flag = group(p, "data", typed_only)
-    flag("--dataset", default="cifar10", metavar="NAME",
+    flag("--dataset", type=images, default="cifar10", metavar="NAME",
          help="cifar10, cifar100, svhn, mnist, fashion_mnist, stl10 or digits, or your own images: "
               "folder:PATH, with train/CLASS/* and test/CLASS/* (and val/), or CLASS/*; npz:FILE, "
               "with x_train, y_train, x_test, y_test")
-    flag("--data_root", default="data", metavar="DIR", help="where data sets lie")
+    flag("--data_root", type=path, default="data", metavar="DIR", help="where data sets lie")
     flag("--download", action=FLAG, default=True, help="fetch what is missing")
-    flag("--n_valid", type=NATURAL, default=None, metavar="n",
+    flag("--n_valid", type=SIZE_OR_NONE, default=None, metavar="n",
          help="validation images taken from the training split (5000; stl10 500, digits 137, "
               "own images: val/, or a tenth)")
-    flag("--n_train", type=POSITIVE, default=None, metavar="n",
+    flag("--n_train", type=SIZE, default=None, metavar="n",
          help="use the first n training images only (small-scale studies)")
     flag("--image_size", type=number(int, 16, 256), default=None, metavar="S",
          help="side of the images: digits 16 or 32, stl10 32 or 96, own images a multiple of 4 up "
@@ -74,10 +111,11 @@ def add_model(p, typed_only=False):
     flag("--network", choices=tuple(NETWORKS), default="wrn",
          help="wrn: the Wide-ResNet of the paper; resnet18: torchvision's, with a 3x3 stem")
     # words of the network, with its own defaults (cli.resolve_network)
-    flag("--depth", type=POSITIVE, default=None, metavar="6n+4", help="layers (wrn 28)")
-    flag("--width", type=POSITIVE, default=None, metavar="k", help="widening factor (wrn 10)")
+    flag("--depth", type=number(int, 1, 1000), default=None, metavar="6n+4",
+         help="layers (wrn 28)")
+    flag("--width", type=number(int, 1, 100), default=None, metavar="k", help="widening factor (wrn 10)")
     flag("--norm", choices=NORMS, default=None, help="normalisation (wrn batch)")
-    flag("--bn_momentum", type=number(float, high=1, above=0), default=None,
+    flag("--bn_momentum", type=FACTOR, default=None,
          help="PyTorch's sense: running = (1-m) old + m batch (wrn 0.9, as released)")
     flag("--stride_first", action=FLAG, default=None,
          help="the stride in a block's first convolution, as the original Wide-ResNet; "
@@ -90,15 +128,15 @@ def add_sampler(p, typed_only=False):
          help="outer steps, each a forward and backward pass")
     flag("--in_steps", type=NATURAL, default=5, metavar="N",
          help="inner steps; 0 is SGLD with --sgld_lr")
-    flag("--pyld_lr", type=number(float, above=0), default=0.2, metavar="α",
+    flag("--pyld_lr", type=STEP, default=0.2, metavar="α",
          help="step of one inner turn (the paper's α/2 · clamp, see Differences)")
-    flag("--sgld_lr", type=number(float, 0), default=0.0, metavar="α",
+    flag("--sgld_lr", type=WEIGHT, default=0.0, metavar="α",
          help="step of SGLD where --in_steps is 0 (JEM: 1)")
-    flag("--sgld_std", type=number(float, 0), default=0.0, metavar="σ",
+    flag("--sgld_std", type=WEIGHT, default=0.0, metavar="σ",
          help="std of the noise after each outer step (JEM: 0.01)")
     flag("--eps", type=number(float, above=0, finite=False), default=1.0, metavar="ε",
          help="proximity: bound on each gradient component; inf switches it off")
-    flag("--step_decay", type=number(float, high=1, above=0), default=1.0, metavar="γ",
+    flag("--step_decay", type=FACTOR, default=1.0, metavar="γ",
          help="outer step i is γ^i times as long as the first")
     flag("--pixel_clamp", action=FLAG, default=True,
          help="keep chains in [-1, 1] after every inner step")
@@ -108,7 +146,7 @@ def add_sampler(p, typed_only=False):
          help="the network's mode while sampling (JEM: eval)")
     flag("--init", choices=("informative", "uniform"), default="informative",
          help="p_0: class Gaussians (Eq. 14) or uniform noise (JEM)")
-    flag("--buffer_size", type=POSITIVE, default=10000, metavar="|B|",
+    flag("--buffer_size", type=SIZE, default=10000, metavar="|B|",
          help="images in the replay buffer")
     flag("--reinit_freq", type=RATE, default=0.05, metavar="ρ",
          help="probability that a chain starts anew from p_0")
@@ -123,7 +161,7 @@ def add_train(p, typed_only=False):
     flag("--p_x_y_weight", type=WEIGHT, default=0.0, help="of log p(x, y)")
     flag("--shared_batch", action=FLAG, default=False,
          help="one real batch for p(x) and p(y|x) (Algorithm 2); released: two")
-    flag("--sigma", type=number(float, 0), default=0.03, metavar="σ",
+    flag("--sigma", type=WEIGHT, default=0.03, metavar="σ",
          help="std of the noise on training images")
     flag("--clean_p_x", action=FLAG, default=False,
          help="no crop, flip or noise on the real batch of p(x) (SADA-JEM)")
@@ -132,36 +170,36 @@ def add_train(p, typed_only=False):
          help="mirror each image every other epoch instead of at random")
     flag("--adversarial", choices=("none", "linf", "l2"), default="none",
          help="PGD adversarial training of p(y|x) in this ball (a baseline of Fig. 9)")
-    flag("--adv_eps", type=number(float, above=0), default=None, metavar="ε",
+    flag("--adv_eps", type=STEP, default=None, metavar="ε",
          help="its radius: L-inf in 1/255 (8), L2 in [0, 1] images (0.5)")
     flag("--adv_steps", type=POSITIVE, default=7, help="its PGD steps")
     flag = group(p, "optimiser", typed_only)
     flag("--optimizer", choices=("sgd", "adam"), default="sgd",
          help="SGD with momentum 0.9, or Adam with betas 0.9 and 0.999")
     flag("--nesterov", action=FLAG, default=False, help="Nesterov momentum (SGD)")
-    flag("--lr", type=number(float, above=0), default=None,
+    flag("--lr", type=STEP, default=None,
          help="learning rate (sgd 0.1, adam 0.0001)")
-    flag("--weight_decay", type=number(float, 0), default=4e-4, help="L2, all weights")
+    flag("--weight_decay", type=WEIGHT, default=4e-4, help="L2, all weights")
     flag("--schedule", choices=("steps", "cosine", "linear"), default="steps",
          help="of the rate after its warm-up: steps at --decay_epochs, or down to 0 at "
               "the end of --n_epochs (linear: a one-cycle schedule)")
     flag("--warmup_iters", type=NATURAL, default=1000, help="steps of linear warm-up")
     flag("--decay_epochs", type=NATURAL, nargs="*", default=[50, 100, 125],
          help="epochs at which the learning rate is multiplied by --decay_rate")
-    flag("--decay_rate", type=number(float, above=0), default=0.2, help="see above")
-    flag("--batch_size", type=POSITIVE, default=None, metavar="B",
+    flag("--decay_rate", type=STEP, default=0.2, help="see above")
+    flag("--batch_size", type=SIZE, default=None, metavar="B",
          help="images a pass, real or sampled (64)")
-    flag("--labelled_batch", type=POSITIVE, default=None, metavar="B",
+    flag("--labelled_batch", type=SIZE, default=None, metavar="B",
          help="images in the batch of p(y|x) (--batch_size)")
-    flag("--accumulate", type=POSITIVE, default=1, metavar="k",
+    flag("--accumulate", type=SIZE, default=1, metavar="k",
          help="parts of B images whose gradients are averaged in one step")
-    flag("--global_batch_size", type=POSITIVE, default=None,
+    flag("--global_batch_size", type=SIZE, default=None,
          help="images a step over all processes and parts; gives --batch_size")
     flag("--lr_scaling", choices=("none", "sqrt", "linear"), default="none",
          help="multiply --lr by (global batch / 64), or its root")
     flag("--sync_bn", action=FLAG, default=False,
          help="batch statistics over all processes' images (default: each its own)")
-    flag("--sam", type=number(float, 0), default=0.0, metavar="ρ",
+    flag("--sam", type=WEIGHT, default=0.0, metavar="ρ",
          help="sharpness-aware minimisation with this radius (SADA-JEM); 0 is off")
     flag("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY",
          help="evaluate (and keep in best.pt) a running average of the weights; 0 is off")
@@ -169,16 +207,17 @@ def add_train(p, typed_only=False):
          help="evaluate with running statistics over n training images; 0 is off")
     flag("--n_epochs", type=POSITIVE, default=150, help="epochs of labelled images")
     flag = group(p, "start", typed_only)
-    flag("--load_path", default=None, metavar="FILE",
+    flag("--load_path", type=path, default=None, metavar="FILE",
          help="begin with the weights of a checkpoint of this network: ours, released or published")
     flag("--load_head", action=FLAG, default=True,
          help="with its last layer; --no-load_head for other classes")
     flag("--load_buffer", action=FLAG, default=False, help="and with its replay buffer")
     flag = group(p, "run", typed_only)
-    flag("--run_dir", default="runs/jempp", metavar="RUN", help="all output goes here")
+    flag("--run_dir", type=run_dir, default="runs/jempp", metavar="RUN",
+         help="all output goes here")
     flag("--seed", type=NATURAL, default=1, help="of weights, data order and chains")
     flag("--max_steps", type=POSITIVE, default=None, help="stop after this step")
-    flag("--max_minutes", type=number(float, above=0), default=None,
+    flag("--max_minutes", type=STEP, default=None,
          help="save and stop after so many minutes (exit code 75)")
     flag("--ckpt_steps", type=POSITIVE, default=None, metavar="K",
          help="save last.pt every K steps besides every epoch")
@@ -187,7 +226,7 @@ def add_train(p, typed_only=False):
     flag("--on_divergence", choices=("rollback", "stop"), default="rollback",
          help="go back to the last good checkpoint with other random numbers, or stop")
     flag("--max_rollbacks", type=NATURAL, default=3, help="after them: exit code 3")
-    flag("--rollback_lr_factor", type=number(float, high=1, above=0), default=1.0,
+    flag("--rollback_lr_factor", type=FACTOR, default=1.0,
          help="multiply the learning rate by this at each rollback")
     flag("--max_loss", type=number(float, above=0), default=1e8,
          help="a larger |loss| counts as divergence (released: 1e8)")
@@ -203,7 +242,7 @@ def add_train(p, typed_only=False):
          help="a checkpoint is good to go back to once the run survived it so long")
     flag("--check_every", type=POSITIVE, default=10, metavar="STEPS",
          help="on a GPU, steps between looks at the device (CPU: every step)")
-    flag("--dist_timeout", type=number(float, above=0), default=10.0, metavar="MINUTES",
+    flag("--dist_timeout", type=number(float, high=1e6, above=0), default=10.0, metavar="MINUTES",
          help="under torchrun: a process silent for so long ends the job")
     flag("--keep_every", type=POSITIVE, default=None, metavar="K",
          help="also keep epoch_NNNN.pt every K epochs, to evaluate (Fig. 6)")
@@ -229,7 +268,7 @@ def add_speed(p, typed_only=False):
 def add_device(p, typed_only=False):
     flag = group(p, "machine", typed_only)
     flag("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: cuda if there)")
-    flag("--num_threads", type=NATURAL, default=0, help="CPU threads, 0 = all cores")
+    flag("--num_threads", type=THREADS, default=0, help="CPU threads, 0 = all cores")
     flag("--deterministic", action=FLAG, default=False,
          help="on a GPU, same bits for the same seed (a CPU's are anyway); slower")
     flag("--channels_last", action=FLAG, default=True,
@@ -239,31 +278,32 @@ def add_device(p, typed_only=False):
 def add_evaluation(p, evaluations):
     """The flags of eval_jempp.py alone; ``evaluations`` are the names that --eval takes."""
     flag = group(p, "what")
-    flag("--load_path", nargs="+", required=True, metavar="FILE", help="checkpoints")
+    flag("--load_path", type=path, nargs="+", required=True, metavar="FILE", help="checkpoints")
     flag("--eval", nargs="+", required=True, choices=evaluations, metavar="NAME",
          help=", ".join(evaluations))
-    flag("--results", default=None, metavar="OUT.jsonl",
+    flag("--results", type=path, default=None, metavar="OUT.jsonl",
          help="append records here (eval/results.jsonl beside the first checkpoint)")
-    flag("--labels", nargs="+", default=None, help="names of the checkpoints in pictures")
-    flag("--method", default=None, help="method in the records (from the arguments)")
+    flag("--labels", type=label, nargs="+", default=None,
+         help="names of the checkpoints in pictures")
+    flag("--method", type=label, default=None, help="method in the records (from the arguments)")
     flag = group(p, "protocol")
-    flag("--n_images", type=POSITIVE, default=None, metavar="n",
+    flag("--n_images", type=SIZE, default=None, metavar="n",
          help="first n images of each real set, or all where it has fewer (all)")
     flag("--splits", nargs="+", choices=("train", "valid", "test"),
          default=["train", "valid", "test"], help="of accuracy")
-    flag("--sigma", type=number(float, 0), default=0.0, metavar="σ",
+    flag("--sigma", type=WEIGHT, default=0.0, metavar="σ",
          help="noise on real images, in and out sets (the released evaluation adds 0.03, the "
               "tables have none); not with robustness: attacks stay in the image box, noise leaves "
               "it")
-    flag("--bins", type=POSITIVE, default=20, help="of the ECE (Eq. 16)")
-    flag("--ood", nargs="+", metavar="NAME",
+    flag("--bins", type=number(int, 1, 10**6), default=20, help="of the ECE (Eq. 16)")
+    flag("--ood", type=images, nargs="+", metavar="NAME",
          default=["svhn", "interp", "cifar10", "cifar100", "celeba", "uniform",
                   "constant"], help="out sets; folder:PATH for your own images")
     flag("--attacks", nargs="+", choices=("pgd", "margin", "autoattack"),
          default=["pgd", "margin"], help="of robustness")
-    flag("--eps_linf", nargs="*", type=number(float, 0), metavar="ε·255",
+    flag("--eps_linf", nargs="*", type=number(float, 0, 255), metavar="ε·255",
          default=[2, 4, 8, 16, 30], help="L-inf budgets")
-    flag("--eps_l2", nargs="*", type=number(float, 0), metavar="ε",
+    flag("--eps_l2", nargs="*", type=WEIGHT, metavar="ε",
          default=[0.25, 0.5, 1, 2], help="L2 budgets in [0, 1] images")
     flag("--attack_steps", type=POSITIVE, default=40, help="of PGD and margin")
     flag("--attack_restarts", type=POSITIVE, default=5, help="of margin")
@@ -272,24 +312,24 @@ def add_evaluation(p, evaluations):
     flag = group(p, "generated images")
     flag("--source", choices=("buffer", "scratch"), default="buffer",
          help="judge the replay buffer or fresh chains")
-    flag("--n_samples", type=POSITIVE, default=None, metavar="n",
+    flag("--n_samples", type=SIZE, default=None, metavar="n",
          help="how many (buffer: all; scratch: 1000)")
     flag("--chain_steps", type=POSITIVE, default=1000, metavar="M",
          help="outer steps of chains from scratch")
-    flag("--chain_batch", type=number(int, 2), default=100,
+    flag("--chain_batch", type=AT_LEAST_2, default=100,
          help="chains that share their batch statistics")
-    flag("--top", type=number(float, high=1, above=0), default=1.0,
+    flag("--top", type=FACTOR, default=1.0,
          help="fraction per predicted class kept by p(y|x) before FID")
     flag("--reference", choices=("train", "train+test", "test"), default="train+test",
          help="real images of FID (the paper's: train+test)")
-    flag("--is_splits", type=POSITIVE, default=10, help="of the Inception Score")
-    flag("--kid_subsets", type=POSITIVE, default=100)
-    flag("--kid_subset_size", type=number(int, 2), default=1000)
-    flag("--inception_weights", default=None, metavar="FILE",
+    flag("--is_splits", type=number(int, 1, 10**6), default=10, help="of the Inception Score")
+    flag("--kid_subsets", type=number(int, 1, 10**6), default=100)
+    flag("--kid_subset_size", type=AT_LEAST_2, default=1000)
+    flag("--inception_weights", type=path, default=None, metavar="FILE",
          help="pt_inception-2015-12-05-6726825d.pth (torch hub's cache or download)")
-    flag("--features", default=None, metavar="FILE",
+    flag("--features", type=path, default=None, metavar="FILE",
          help="a checkpoint whose penultimate features judge images (fd_features)")
     flag = group(p, "run")
-    flag("--batch_size", type=POSITIVE, default=500, help="images a pass")
+    flag("--batch_size", type=SIZE, default=500, help="images a pass")
     flag("--seed", type=NATURAL, default=0, help="of noise, chains and attacks")
     flag("--dry_run", action="store_true", help="print the resolved options and stop")

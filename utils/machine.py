@@ -6,11 +6,12 @@ import os
 
 import torch
 
-from utils.program import InputError
+from utils.program import InputError, say
 
-# What --fast turns on, by kind of device.
+# What --fast turns on, by kind of device; on a CPU that has bfloat16 itself, --amp bf16 as well.
 FAST = {"cpu": {"compile": "default"},
         "cuda": {"compile": "reduce-overhead", "amp": "bf16", "cudnn_benchmark": True}}
+BF16_BOUND = 0.03  # ten times the error that rounding makes
 OFF = {"compile": "off", "amp": "off", "cudnn_benchmark": False}
 
 
@@ -65,10 +66,58 @@ def keep_freed_memory(keep=True):
 
 def fill_in_switches(args):
     """The switches that were not typed: off, or with --fast what pays on the device."""
-    fast = FAST.get(kind(args.device), {}) if args.fast else {}
+    fast = dict(FAST.get(kind(args.device), {})) if args.fast else {}
+    if args.fast and kind(args.device) == "cpu" and args.amp is None and native_bf16():
+        fast["amp"] = "bf16" if bf16_error() < BF16_BOUND else "off"
     for name, off in OFF.items():
         if getattr(args, name) is None:
             setattr(args, name, fast.get(name, off))
+
+
+def native_bf16():
+    """Whether this CPU multiplies bfloat16 itself. Others widen it: right, and slower than float32.
+    """
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+
+
+def bf16_error():
+    """The relative error of a bfloat16 convolution and its gradients on this CPU, against float32;
+    a few milliseconds. Rounding makes it about 0.003; some builds of oneDNN convolve wrongly."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 32, 16, 16, generator=generator)
+    weight = torch.randn(64, 32, 3, 3, generator=generator) / 17
+    results = []
+    for bf16 in (False, True):
+        a, w = (t.clone(memory_format=torch.channels_last).requires_grad_() for t in (x, weight))
+        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            y = torch.nn.functional.conv2d(a, w, padding=1)
+        results.append([y.detach().float(), *torch.autograd.grad(y.float().square().sum(), (a, w))])
+    return max(float((ours - exact).norm() / exact.norm()) for exact, ours in zip(*results,
+                                                                                  strict=True))
+
+
+def check_bf16():
+    """InputError for --amp bf16 on a CPU that computes it wrongly, a line for one that is slow."""
+    if not (error := bf16_error()) < BF16_BOUND:  # a NaN is wrong, too
+        raise InputError(f"--amp bf16: convolutions on this CPU are wrong (relative error "
+                         f"{error:.2g}, a fault known of some oneDNN versions): type --amp off")
+    if not native_bf16():
+        say("--amp bf16: this CPU has no bfloat16 of its own (avx512_bf16, amx_bf16 or sve_bf16): "
+            "--amp off is faster")
+
+
+def check_memory(n_bytes, device, what):
+    """InputError where ``what`` takes more than all memory of the device, before it is taken."""
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if n_bytes > there:
+        raise InputError(f"{what} would take {n_bytes / 2**30:,.0f} GiB of memory, and there are "
+                         f"{there / 2**30:,.0f}")
 
 
 def set_precision(*, tf32=False, deterministic=False):
@@ -83,6 +132,8 @@ def set_precision(*, tf32=False, deterministic=False):
 def set_switches(args, device):
     """Process-wide settings from the flags. InputError where --compile has no compiler."""
     set_precision(tf32=args.tf32, deterministic=args.deterministic)
+    if args.amp == "bf16" and device.type == "cpu":
+        check_bf16()
     torch.backends.cudnn.benchmark = args.cudnn_benchmark and not args.deterministic
     if args.compile != "off":
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # of CUDA on a CPU

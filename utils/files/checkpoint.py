@@ -164,8 +164,11 @@ def write(path, state, buffer, epoch, judged, keep_as):
     with replacing(path, keep_as=keep_as) as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(errno.EIO, f"cannot be written [{one_line(error)}]", str(path)) from error
+        except RuntimeError as error:  # torch says what the disk said behind its own words
+            told = error.__context__
+            if not isinstance(told, OSError):
+                told = OSError(errno.EIO, f"cannot be written [{one_line(error)}]")
+            raise OSError(told.errno, told.strerror, str(path)) from error
 
 
 def digest(content):

@@ -7,8 +7,13 @@ import os
 import platform
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: no lock there
+    fcntl = None
 
 from utils.files.regular import read_bytes, regular
 from utils.program import InputError
@@ -38,7 +43,7 @@ def replacing(path, mode="wb", keep_as=None):
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, mode) as file:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             sync(file.fileno())
@@ -91,13 +96,16 @@ def read_json(path):
 
 
 def read_jsonl(path):
-    """The records of a JSON-lines file, without a last line torn by a crash; [] for no file."""
+    """The records of a JSON-lines file, without blank lines and a last line torn by a crash; []
+    for no file."""
     try:
         lines = read_bytes(path).splitlines()
     except FileNotFoundError:
         return []
     records = []
     for number, line in enumerate(lines):
+        if not line.strip():
+            continue
         try:
             records.append(json.loads(line))
         except (ValueError, RecursionError) as error:
@@ -114,9 +122,11 @@ def write_jsonl(path, records):
 
 def append_jsonl(path, record):
     """Append one record; a torn last line, left by a crash, is first cut off. A whole one without
-    its newline stays, and a file of another kind is refused (InputError)."""
+    its newline stays, and a file of another kind is refused (InputError). Of several processes,
+    one appends at a time."""
     data = json.dumps(jsonable(record)) + "\n"
     with regular(path, "a+b") as file:
+        wait_for_lock(file)
         file.seek(0)
         start = max(0, file.seek(0, os.SEEK_END) - 1)
         file.seek(start)
@@ -132,6 +142,24 @@ def append_jsonl(path, record):
                     raise InputError(f"{path} is not a JSON-lines file") from error
                 file.truncate(last)
         file.write(data.encode())
+
+
+def check_writable(path):
+    """Make the file ``path`` and its folder where they are missing; InputError where one cannot."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with regular(path, "ab"):
+            pass
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}): name another place with "
+                         "--results") from error
+
+
+def wait_for_lock(file):
+    """Have ``file`` for this process alone until it is closed, where the file system can lock."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def jsonable(value):
@@ -175,7 +203,8 @@ def git_state():
 
 def cpu_name():
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines():
             if line.startswith("model name"):
                 return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
     except OSError:

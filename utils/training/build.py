@@ -12,7 +12,7 @@ from utils.cli import n_parts, network_config, per_class
 from utils.data import Images, TrainData, load_splits, spec_of
 from utils.files.checkpoint import State, own_share, stream_seed
 from utils.files.records import jsonable
-from utils.machine import compiled
+from utils.machine import check_memory, compiled
 from utils.program import InputError
 from utils.seeding import generator
 
@@ -30,6 +30,7 @@ class Setup(NamedTuple):
 def build(args, device):
     """Everything the flags describe, fresh, as a ``Setup`` on ``device``."""
     spec = spec_of(args.dataset)._replace(pad=args.pad, flip=args.flip)
+    check_sizes(args, spec, device)
     images, valid, test = (split.to(device) for split in load_splits(
         args.dataset, args.data_root, n_valid=args.n_valid, n_train=args.n_train,
         download=args.download, size=args.image_size))
@@ -45,6 +46,21 @@ def build(args, device):
     origin = {"init": args.init, "dataset": args.dataset, "n_valid": len(valid.y),
               "n_train": len(images.y), "train_sha256": images.digest()}
     return Setup(new_state(args, data, p0, origin), data, p0, valid, test)
+
+
+def check_sizes(args, spec, device):
+    """InputError for what can never fit: a network with its gradients and momentum, the replay
+    buffer, a batch of images."""
+    image = 4 * 3 * args.image_size**2
+    with torch.device("meta"):  # no memory, no random numbers
+        model = JEM.build(args.network, n_classes=spec.n_classes, **network_config(args))
+    for what, n_bytes in {
+            "this network, its gradients and momentum":
+                3 * 4 * sum(p.numel() for p in model.parameters()),
+            f"--buffer_size {args.buffer_size}": image * args.buffer_size,
+            f"a batch of {args.global_batch_size} images": image * args.global_batch_size,
+            f"--labelled_batch {args.labelled_batch}": image * args.labelled_batch}.items():
+        check_memory(n_bytes, device, what)
 
 
 def new_state(args, data, p0, origin, rollbacks=0):

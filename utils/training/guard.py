@@ -6,6 +6,7 @@ Divergence is judged every few steps, by scalars that the steps left on the devi
 import argparse
 import math
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -185,18 +186,27 @@ def roll_back(run_dir, setup, args, step, cause, log):
 
 
 class Stop:
-    """Why to stop early: SIGTERM, SIGINT or --max_minutes. A second signal quits at once, but for
-    torchrun's SIGTERM, which may follow one that all processes got: it has SIGKILL for the rest."""
+    """Why to stop early: a signal or --max_minutes. SIGTERM or SIGINT again quits at once, but for
+    torchrun's SIGTERM, which may follow one that all processes got: it has SIGKILL for the rest.
+
+    SIGHUP says that the terminal is gone (nohup has it ignored, and it stays so), SIGUSR1 is
+    SLURM's warning before the time limit. Both may come twice.
+    """
 
     def __init__(self, max_minutes):
         self.why, self.deadline = None, time.monotonic() + 60 * (max_minutes or math.inf)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
+        if threading.current_thread() is not threading.main_thread():
+            return  # where no handler can be set: a notebook, a framework's worker
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows has the first two
+            if number is not None and not (name == "SIGHUP"
+                                           and signal.getsignal(number) is signal.SIG_IGN):
+                signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
         self.why = signal.Signals(number).name
-        again = signal.SIG_IGN if launched() and number == signal.SIGTERM else signal.SIG_DFL
-        signal.signal(number, again)
+        quits = number == signal.SIGINT or number == signal.SIGTERM and not launched()
+        signal.signal(number, signal.SIG_DFL if quits else signal.SIG_IGN)
 
     def reason(self):
         return self.why or ("max_minutes" if time.monotonic() > self.deadline else None)
