@@ -113,7 +113,8 @@ def add_model(p, typed_only=False):
     # words of the network, with its own defaults (cli.resolve_network)
     flag("--depth", type=number(int, 1, 1000), default=None, metavar="6n+4",
          help="layers (wrn 28)")
-    flag("--width", type=number(int, 1, 100), default=None, metavar="k", help="widening factor (wrn 10)")
+    flag("--width", type=number(int, 1, 100), default=None, metavar="k",
+         help="widening factor (wrn 10)")
     flag("--norm", choices=NORMS, default=None, help="normalisation (wrn batch)")
     flag("--bn_momentum", type=FACTOR, default=None,
          help="PyTorch's sense: running = (1-m) old + m batch (wrn 0.9, as released)")
@@ -252,8 +253,8 @@ def add_train(p, typed_only=False):
 def add_speed(p, typed_only=False):
     flag = group(p, "speed", typed_only)
     flag("--fast", action=FLAG, default=False,
-         help="the switches below that pay: on a CPU --compile default, on a GPU "
-              "--compile reduce-overhead --amp bf16 --cudnn_benchmark")
+         help="the switches below that pay: on a CPU --compile default, and --amp bf16 where the "
+              "CPU has it; on a GPU --compile reduce-overhead --amp bf16 --cudnn_benchmark")
     flag("--compile", choices=("off", "default", "reduce-overhead", "max-autotune"),
          default=None, help="torch.compile of the network's passes, by mode; the first "
          "steps take a minute; reduce-overhead and max-autotune use CUDA graphs (off)")
