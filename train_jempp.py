@@ -81,19 +81,28 @@ def loss_terms(state, draw, batch, buffer, p0, args, streams):
             n = len(x_pos) if classes is None else len(classes)
             negatives[name] = sample_negatives(model, draw, buffer, p0, n, args, streams, classes)
         x_neg = negatives[name]
-        return energy(net(x_neg), y_of_energy).mean(), (x_neg.abs() >= 1).float().mean()
+        return energy(net(x_neg), y_of_energy), (x_neg.abs() >= 1).float().mean()
+
+    def small(e, name):  # --energy_l2
+        if not args.energy_l2:
+            return 0.0, {}
+        penalty = args.energy_l2 * e.square().mean()
+        return penalty, {name: penalty}
 
     def real():  # log p(x), Eq. 2
-        e_pos = energy(net(x_pos)).mean()
-        return args.p_x_weight * e_pos, {"e_pos": e_pos}
+        e = energy(net(x_pos))
+        penalty, log = small(e, "l2_pos")
+        return args.p_x_weight * e.mean() + penalty, {"e_pos": e.mean(), **log}
 
     def sampled():
         classes = None
         if args.class_cond_p_x_sample:  # chains drawn per class are draws of p(x) all the same
             classes = torch.randint(model.config["n_classes"], (len(x_pos),),
                                     generator=streams.host)
-        e_neg, saturated = negative_energy("x", classes)
-        return -args.p_x_weight * e_neg, {"e_neg": e_neg, "saturated": saturated}
+        e, saturated = negative_energy("x", classes)
+        penalty, log = small(e, "l2_neg")
+        return (-args.p_x_weight * e.mean() + penalty,
+                {"e_neg": e.mean(), "saturated": saturated, **log})
 
     def labelled():
         x = x_lab
@@ -111,8 +120,8 @@ def loss_terms(state, draw, batch, buffer, p0, args, streams):
         return loss, log
 
     def sampled_per_class():
-        e_neg, saturated = negative_energy("x, y", y_lab, y)
-        return -args.p_x_y_weight * e_neg, {"e_neg_y": e_neg, "saturated": saturated}
+        e, saturated = negative_energy("x, y", y_lab, y)
+        return -args.p_x_y_weight * e.mean(), {"e_neg_y": e.mean(), "saturated": saturated}
 
     terms = [real, sampled] if args.p_x_weight else []
     terms += [labelled] if args.p_y_given_x_weight or args.p_x_y_weight else []
@@ -159,7 +168,7 @@ def train_step(args, setup, draw):
     parameters = list(state.model.parameters())
     metrics["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if args.sam:
-        sharpness_aware(args.sam, state, parts, parameters, metrics["grad_norm"])
+        sharpness_aware(args.sam, state, parts, parameters, args.sam_adaptive)
 
     # the update
     state.optimizer.step()
@@ -169,15 +178,19 @@ def train_step(args, setup, draw):
     return metrics
 
 
-def sharpness_aware(radius, state, parts, parameters, norm):
-    """Replace the gradients by those at w + radius * gradient / norm (Foret et al., 2021). Only the
-    first pass counts for the running statistics of batch norm."""
+def sharpness_aware(radius, state, parts, parameters, adaptive=False):
+    """Replace the gradients by those where the loss is highest, to first order, within ``radius``
+    of the weights w: w + radius * g / |g| (Foret et al., 2021), or, where ``adaptive`` measures
+    each weight by its own size, w + radius * w^2 g / |w g| (Kwon et al., 2021). Only the first pass
+    counts for the running statistics of batch norm."""
     with torch.no_grad():
-        moves = [radius / (norm + 1e-12) * p.grad for p in parameters]
+        moves = [p.grad * p.square() if adaptive else p.grad for p in parameters]
+        norm = torch.nn.utils.get_total_norm(
+            [p * p.grad for p in parameters] if adaptive else moves)
         weights = [p.detach().clone() for p in parameters]
         statistics = [b.clone() for b in state.model.buffers()]
         for p, move in zip(parameters, moves, strict=True):
-            p += move
+            p += radius / (norm + 1e-12) * move
     state.optimizer.zero_grad(set_to_none=False)  # see build.new_model
     backward(parts, state.net)
     with torch.no_grad():
@@ -333,6 +346,7 @@ def run(args, run_dir, setup):
     header = {"args": vars(args), "env": records.environment(data.device),
               "sampler": sampler_name(args), "network": network_name(vars(args)),
               "steps_per_epoch": data.steps_per_epoch, "n_train": len(data.images.y),
+              "n_labelled": len(data.images.y if data.few is None else data.few),
               "n_valid": len(setup.valid.y), "n_test": len(setup.test.y),
               **data.images.about,
               "parameters": sum(p.numel() for p in state.model.parameters()),

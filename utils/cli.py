@@ -27,7 +27,7 @@ FREE = {"max_steps", "max_minutes", "ckpt_steps", "print_every", "keep_every", "
 # Flags that a resumed run may change as long as the rate of every step taken stays what it was.
 SCHEDULE = {"n_epochs", "decay_epochs"}
 # What belongs to a data set.
-DATA = ("image_size", "n_valid", "n_train", "pad", "flip", "class_names")
+DATA = ("image_size", "n_valid", "n_train", "labels_per_class", "pad", "flip", "class_names")
 # Flags of the machine: of a checkpoint's, an evaluation takes none.
 MACHINE = {"device", "num_threads", "channels_last", "data_root", "download"}
 
@@ -212,6 +212,14 @@ def check_together(args):
         raise InputError("--shared_batch is one batch for p(x) and p(y|x): drop --labelled_batch")
     if args.shared_batch and args.clean_p_x:
         raise InputError("--shared_batch has no p(x) batch of its own for --clean_p_x")
+    if args.shared_batch and args.labels_per_class:
+        raise InputError("--shared_batch is one labelled batch for p(x) as well, which is to have "
+                         "all images: drop it, or --labels_per_class")
+    if args.energy_l2 and not args.p_x_weight:
+        raise InputError("--energy_l2 bounds the energies of log p(x), which --p_x_weight 0 leaves "
+                         "out: drop one of them")
+    if args.sam_adaptive and not args.sam:
+        raise InputError("--sam_adaptive needs a radius: --sam ρ")
     if args.sync_bn and args.compile != "off":
         raise InputError("--sync_bn goes without compilation: add --compile off")
     if args.literal_pyld and (args.compile != "off" or args.amp != "off"):

@@ -198,6 +198,22 @@ def load_splits(name, root, *, n_valid=None, n_train=None, download=False, size=
     return full.take(train), valid or full.take(order[:n_valid]), test
 
 
+def first_of_each_class(y, n, n_classes):
+    """Indices, ascending, of the first ``n`` images of each class of labels ``y`` [N]: int64 [n *
+    n_classes]. InputError where a class has fewer."""
+    counts = y.bincount(minlength=n_classes)
+    if (counts < n).any():
+        raise InputError(f"--labels_per_class {n}: class {int(counts.argmin())} has only "
+                         f"{int(counts.min())} training images")
+    return torch.cat([(y == k).nonzero().squeeze(1)[:n] for k in range(n_classes)]).sort().values
+
+
+def labelled(images, n, n_classes):
+    """The training images whose labels a run with --labels_per_class ``n`` knows (0: all). The
+    split has shuffled them by its own fixed seed: they are the same whatever the run's seed."""
+    return images.take(first_of_each_class(images.y, n, n_classes)) if n else images
+
+
 def reflect(index, size):
     """Positions outside 0 .. size-1 mirrored at the border pixels, as reflect padding does."""
     index = index.abs()
@@ -227,10 +243,17 @@ class TrainData:
     [B, 3, H, W] float32 on the device, labels on the host. Two independent epoch
     orders (the released code) or, with ``shared_batch``, one batch for both (Algorithm 2). The last
     partial batch of an epoch is dropped; an epoch is one of labelled images.
+
+    With ``labels_per_class`` > 0, y is known of the first so many images of each class alone. p(x)
+    has all images still. The labelled batches follow each other through one order of the labelled
+    images after the other, wherever a batch ends: all are used equally often, also by a batch that
+    is larger than their number. An epoch remains as many steps as without: all training images /
+    labelled batch. So epochs, and schedules that count in them, take the same time however few
+    labels there are.
     """
 
     def __init__(self, images, spec, *, batch_size, sigma, seed, labelled_batch=None, parts=1,
-                 shared_batch=False, clean_p_x=False, alternating_flip=False):
+                 shared_batch=False, clean_p_x=False, alternating_flip=False, labels_per_class=0):
         self.sizes = {"labelled": labelled_batch or parts * batch_size,
                       "unlabelled": parts * batch_size}
         if max(self.sizes.values()) > len(images.y):
@@ -241,6 +264,9 @@ class TrainData:
         self.alternating_flip, self.labels = alternating_flip, images.y.cpu()
         self.device = images.x.device
         self.steps_per_epoch = self.epoch_steps("labelled")
+        self.few = None  # indices of the labelled images, where not all are
+        if labels_per_class:
+            self.few = first_of_each_class(self.labels, labels_per_class, spec.n_classes)
         self.orders = {}
 
     def epoch_steps(self, kind):
@@ -250,25 +276,41 @@ class TrainData:
         """Other epoch orders, crops and noise from here on (after a rollback)."""
         self.seed, self.orders = seed, {}
 
-    def indices(self, kind, step, part=0):
-        """The images (on the host) of one part of ``step`` in the epoch order of ``kind``."""
-        epoch, position = divmod(step, self.epoch_steps(kind))
-        if self.orders.get(kind, (None, None))[0] != epoch:
-            self.orders[kind] = epoch, torch.randperm(
-                len(self.images.y), generator=generator("cpu", self.seed, "order", kind, epoch))
-        size = self.sizes[kind] // self.parts
-        start = position * self.sizes[kind] + part * size
-        return self.orders[kind][1][start:start + size]
+    def order(self, kind, turn):
+        """All images of ``kind`` (indices, on the host) in the order of their ``turn``-th pass."""
+        if self.orders.get(kind, (None, None))[0] != turn:
+            pool = self.few if kind == "labelled" else None
+            order = torch.randperm(len(self.labels) if pool is None else len(pool),
+                                   generator=generator("cpu", self.seed, "order", kind, turn))
+            self.orders[kind] = turn, order if pool is None else pool[order]
+        return self.orders[kind][1]
 
-    def mirrored(self, kind, step, indices, random):
-        """Which images [B] (of ``indices`` on the host) to flip; None where flips make no sense."""
+    def places(self, kind, step, part=0):
+        """Where one part of ``step`` lies: (the pass through all images of ``kind`` [B], the place
+        in the order of that pass [B])."""
+        size = self.sizes[kind] // self.parts
+        within = part * size + torch.arange(size)
+        if kind == "labelled" and self.few is not None:  # pass after pass, nothing dropped
+            place = step * self.sizes[kind] + within
+            return place // len(self.few), place % len(self.few)
+        epoch, position = divmod(step, self.epoch_steps(kind))
+        return torch.full((size,), epoch), position * self.sizes[kind] + within
+
+    def indices(self, kind, step, part=0):
+        """The images [B] (on the host) of one part of ``step``."""
+        turns, places = self.places(kind, step, part)
+        return torch.cat([self.order(kind, turn)[places[turns == turn]]
+                          for turn in turns.unique().tolist()])
+
+    def mirrored(self, indices, turns, random):
+        """Which of the images ``indices`` [B], drawn in the passes ``turns`` [B], to flip; None
+        where flips make no sense."""
         if not self.spec.flip:
             return None
         if not self.alternating_flip:
             return torch.rand(len(indices), generator=random, device=self.device) < 0.5
         first = torch.rand(len(self.labels), generator=generator("cpu", self.seed, "flip")) < 0.5
-        odd = bool(step // self.epoch_steps(kind) % 2)
-        return (first[indices] ^ odd).to(self.device, non_blocking=True)
+        return (first[indices] ^ (turns % 2 == 1)).to(self.device, non_blocking=True)
 
     def draw(self, kind, step, part=0):
         """(x, y) of one kind: cropped, flipped, scaled to [-1, 1], plus noise not clamped."""
@@ -277,7 +319,7 @@ class TrainData:
         if kind == "unlabelled" and self.clean_p_x:
             return to_pixels(self.images.x[on_device]), y
         noise = generator(self.device, self.seed, "augment", kind, step, part)
-        mirrored = self.mirrored(kind, step, indices, noise)
+        mirrored = self.mirrored(indices, self.places(kind, step, part)[0], noise)
         x = crop_and_flip(self.images.x, on_device, self.spec.pad, mirrored, noise)
         x = to_pixels(x)
         if self.sigma:

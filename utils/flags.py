@@ -95,6 +95,8 @@ def add_data(p, typed_only=False):
               "own images: val/, or a tenth)")
     flag("--n_train", type=SIZE, default=None, metavar="n",
          help="use the first n training images only (small-scale studies)")
+    flag("--labels_per_class", type=NATURAL, default=0, metavar="n",
+         help="labels for n training images of each class, log p(x) on all; 0: all labels")
     flag("--image_size", type=number(int, 16, 256), default=None, metavar="S",
          help="side of the images: digits 16 or 32, stl10 32 or 96, own images a multiple of 4 up "
               "to 256 (digits 16, else 32)")
@@ -166,6 +168,8 @@ def add_train(p, typed_only=False):
          help="std of the noise on training images")
     flag("--clean_p_x", action=FLAG, default=False,
          help="no crop, flip or noise on the real batch of p(x) (SADA-JEM)")
+    flag("--energy_l2", type=WEIGHT, default=0.0, metavar="λ",
+         help="add λ (E(x+)² + E(x-)²) to the loss of log p(x), which keeps energies small")
     flag("--label_smoothing", type=RATE, default=0.0, help="of the cross-entropy")
     flag("--alternating_flip", action=FLAG, default=False,
          help="mirror each image every other epoch instead of at random")
@@ -202,6 +206,8 @@ def add_train(p, typed_only=False):
          help="batch statistics over all processes' images (default: each its own)")
     flag("--sam", type=WEIGHT, default=0.0, metavar="ρ",
          help="sharpness-aware minimisation with this radius (SADA-JEM); 0 is off")
+    flag("--sam_adaptive", action=FLAG, default=False,
+         help="of radius ρ where each weight is measured by its size (ASAM; SADA-JEM as released)")
     flag("--ema", type=number(float, 0, 0.999999), default=0.0, metavar="DECAY",
          help="evaluate (and keep in best.pt) a running average of the weights; 0 is off")
     flag("--recalibrate_bn", type=NATURAL, default=0, metavar="n",

@@ -14,7 +14,7 @@ import torch
 from models import frozen
 from samplers import make_init, make_sampler, sampler_name
 from utils import distributed, plots
-from utils.data import load_splits, spec_of
+from utils.data import labelled, load_splits, spec_of
 from utils.evaluation.inference import predict
 from utils.files.checkpoint import Opened
 from utils.files.records import replacing
@@ -79,6 +79,7 @@ class Subject:
     image_size: int
     n_valid: int | None
     n_train: int | None
+    labels_per_class: int
     class_names: list
     download: bool
     # how passes are run
@@ -142,10 +143,11 @@ class Subject:
 
     @functools.cached_property
     def p0(self):
-        """Where fresh chains start, from the training images as in training."""
-        train = self.splits["train"]
+        """Where fresh chains start, from the (labelled) training images as in training."""
+        n_classes = self.model.config["n_classes"]
+        train = labelled(self.splits["train"], self.labels_per_class, n_classes)
         try:
-            return make_init(self.init, train.x, train.y, self.model.config["n_classes"])
+            return make_init(self.init, train.x, train.y, n_classes)
         except ValueError as error:
             raise InputError(f"{error}: raise --n_train") from error
 

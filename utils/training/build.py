@@ -9,7 +9,7 @@ from models import JEM
 from samplers import ClassGaussians, ReplayBuffer, UniformInit, make_init
 from utils import distributed
 from utils.cli import n_parts, network_config, per_class
-from utils.data import Images, TrainData, load_splits, spec_of
+from utils.data import Images, TrainData, labelled, load_splits, spec_of
 from utils.files.checkpoint import State, own_share, stream_seed
 from utils.files.records import jsonable
 from utils.machine import check_memory, compiled
@@ -37,9 +37,11 @@ def build(args, device):
     data = TrainData(images, spec, batch_size=args.batch_size, sigma=args.sigma, seed=args.seed,
                      labelled_batch=args.labelled_batch, parts=n_parts(args),
                      shared_batch=args.shared_batch, clean_p_x=args.clean_p_x,
-                     alternating_flip=args.alternating_flip)
+                     alternating_flip=args.alternating_flip,
+                     labels_per_class=args.labels_per_class)
+    known = labelled(images, args.labels_per_class, spec.n_classes)
     try:
-        p0 = make_init(args.init, images.x, images.y, spec.n_classes,
+        p0 = make_init(args.init, known.x, known.y, spec.n_classes,
                        compiled=args.compile != "off")
     except ValueError as error:  # --n_train left a class out
         raise InputError(f"{error}: raise --n_train, or --init uniform") from error
