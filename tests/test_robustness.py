@@ -119,6 +119,18 @@ def test_margin_pgd_tries_the_classes_behind_the_largest_logit():
                                                                                    True] * 2
 
 
+def test_margin_pgd_leaves_an_image_alone_once_it_is_broken():
+    """Wide budgets break all images within a step or two of forty; none is shown after that."""
+    model, shown = Linear(3), []
+    x, y = images(model)
+    right = model(to_pixels(x)).argmax(1) == y
+    x_0, y = to_pixels(x)[right], y[right]
+    model.register_forward_hook(lambda module, inputs, logits: shown.append(len(logits)))
+    x_adv = robustness.margin_pgd(model, x_0, y, 1.0, "linf", steps=40,
+                                  starts=[torch.zeros_like(x_0)])
+    assert (model(x_adv).argmax(1) != y).all() and sum(shown) < 6 * len(x_0)
+
+
 def test_budgets_are_typed_for_zero_to_one_images():
     assert robustness.ball_radius(8, "linf") == pytest.approx(16 / 255)
     assert robustness.ball_radius(0.5, "l2") == 1.0

@@ -22,6 +22,7 @@ from utils.program import InputError, Unavailable
 from utils.seeding import generator
 
 AUTOATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")  # its standard version, in its order
+CLEAR = 1e-3  # a margin, in logits, by which an image is broken beyond doubt of rounding
 
 
 class Robustness(NamedTuple):
@@ -107,7 +108,8 @@ def margin_pgd(model, x, y, radius, norm, *, steps, starts):
 
     A margin has a gradient where the cross-entropy of a confident network has none. The first turn
     follows the largest other logit, turn r the clean image's r-th largest: the nearest boundary
-    may be another class's. Steps fall from 2 radius to 0 as a cosine; the best iterate is kept.
+    may be another class's. Steps fall from 2 radius to 0 as a cosine. The best iterate is kept,
+    and an image whose margin is CLEAR is left alone.
     """
     z = model(x)
     best, x_adv = margin(z, y), x.clone()
@@ -128,6 +130,12 @@ def margin_pgd(model, x, y, radius, norm, *, steps, starts):
             size = radius * (1 + math.cos(math.pi * step / steps))
             delta = project(x_t + size * steepest(slope, norm) - x_0, radius, norm)
             x_t = (x_0 + delta).clamp(-1, 1)
+            going = best[todo] <= CLEAR
+            if not going.all():  # what is broken stays so: only the others go on
+                todo, x_0, y_0, x_t = todo[going], x_0[going], y_0[going], x_t[going]
+                target = None if target is None else target[going]
+            if not len(todo):
+                break
     return x_adv
 
 
