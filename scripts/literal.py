@@ -1,11 +1,11 @@
 """The released code's order of work, in our words: what benchmark.py measures against.
 
-Nothing here is meant to be fast, and nothing slower than there. Chains run Algorithm 1 by a pass back
-to the images alone (no weight gradients; the graph is retained, the stem's output keeps its gradient)
-and N passes through the stem, and end with one pass back through the stem that nothing uses. The graph
-of the real batch lives through the sampling. Each iteration draws a Gaussian for every chain, one by
-one, of which it uses those to be re-initialised. It computes as the released code does, too: float32
-with TensorFloat-32 off, on contiguous tensors, nothing compiled, no activation in place.
+Nothing here is meant to be fast, and nothing is slower than there. Chains run Algorithm 1 by a pass
+back to the images alone (no weight gradients; the graph is retained, the stem's output keeps its
+gradient) and N passes through the stem. They end with one pass back through the stem that nothing
+uses. The graph of the real batch lives through the sampling. Each iteration draws a Gaussian for
+every chain, one by one, of which it uses those to be re-initialised. It computes as the released
+code does, too: float32 without TensorFloat-32, contiguous, nothing compiled or in place.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Evil, flat, tiny
+from helpers import ROOT, Evil, flat, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +27,7 @@ from utils import cli, program
 from utils.files import checkpoint, records
 from utils.files.records import read_jsonl
 from utils.program import InputError
+from utils.training.guard import Guard
 
 
 def run_main(argv):
@@ -294,14 +295,12 @@ def test_what_diverges_for_certain_ends_with_the_rollbacks_on_record(tmp_path, f
     ({"loss": 1.0, "e_pos_y": 5e3, "e_neg_y": 0.0}, "--max_gap"),
     ({"loss": 1.0, "e_pos": 0.0, "e_neg": 0.0, "saturated": 0.999}, "at their bounds")])
 def test_the_guard_names_the_cause_of_a_divergence(row, cause):
-    from utils.training.guard import Guard
 
     found = Guard(cli.train_args([]), 10).fault(row, {})
     assert found is None if cause is None else cause in found
 
 
 def test_the_guard_sees_accuracy_collapse():
-    from utils.training.guard import Guard
 
     guard, memory = Guard(cli.train_args([]), 10), {}
     assert not any(guard.fault({"loss": 1.0, "accuracy": 0.9}, memory) for _ in range(300))
@@ -534,3 +533,20 @@ def test_a_crash_between_the_two_renames_resumes_from_the_candidate(tmp_path):
     (tmp_path / "run" / "last.pt").replace(tmp_path / "run" / "candidate.pt")
     assert run_main(tiny(tmp_path / "run", *flags, "--max_steps", "9"))[0] == 0
     assert same_tensors(tmp_path / "whole" / "last.pt", tmp_path / "run" / "last.pt")
+
+
+def test_the_default_bound_on_the_gap_is_far_from_every_healthy_run_on_record():
+    default = cli.train_args([]).max_gap
+    gaps = [r["value"] for path in (ROOT / "results").rglob("*.jsonl") for r in read_jsonl(path)
+            if r.get("metric") == "energy_gap"]
+    assert len(gaps) > 50 and max(map(abs, gaps)) < default / 5
+
+
+def test_a_lost_runs_gap_is_seen_before_the_classifier_is_gone():
+    """A gap that grows fourfold in fifty steps, as a lost run's did, and an accuracy still good."""
+    guard, memory = Guard(cli.train_args([]), 10), {}
+    causes = [guard.fault({"loss": 1.0, "accuracy": 0.7, "e_pos": -20.0,
+                           "e_neg": -20.0 + 4.3 * 4 ** (step / 50)}, memory)
+              for step in range(0, 150, 10)]
+    assert causes[5] is None and "--max_gap 50" in next(c for c in causes if c)
+    assert next(i for i, c in enumerate(causes) if c) < 12

@@ -235,10 +235,11 @@ def add_train(p, typed_only=False):
     flag("--max_rollbacks", type=NATURAL, default=3, help="after them: exit code 3")
     flag("--rollback_lr_factor", type=FACTOR, default=1.0,
          help="multiply the learning rate by this at each rollback")
-    flag("--max_loss", type=number(float, above=0), default=1e8,
-         help="a larger |loss| counts as divergence (released: 1e8)")
-    flag("--max_gap", type=number(float, above=0), default=1000.0,
-         help="a larger |E(x+) - E(x-)| counts as divergence")
+    flag("--max_loss", type=number(float, above=0, finite=False), default=1e8,
+         help="a larger |loss| counts as divergence (released: 1e8); inf is off")
+    flag("--max_gap", type=number(float, above=0, finite=False), default=50.0,
+         help="a larger |E(x+) - E(x-)| counts as divergence (healthy runs stay below 6); inf is "
+              "off")
     flag("--max_saturated", type=RATE, default=0.995, metavar="FRACTION",
          help="more of the chains' pixels at their bounds counts as divergence (flat colours "
               "are no images); 1 is off")
