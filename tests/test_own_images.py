@@ -92,6 +92,7 @@ def test_transparent_and_animated_pictures_are_their_colours_and_first_frame(tmp
 def test_links_are_followed_and_loops_cut(tmp_path):
     paint(tmp_path / "set" / "real" / "a.png", 1)
     paint(tmp_path / "elsewhere" / "b.png", 2)
+    paint(tmp_path / "outside.png", 3)  # beside the set, not in it
     (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set" / "real" / "loop").symlink_to(tmp_path / "set")
     (tmp_path / "set" / "up").symlink_to(tmp_path)
