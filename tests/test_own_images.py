@@ -353,15 +353,18 @@ def test_train_resume_and_evaluate_on_a_folder(tmp_path, call):
     assert header["left_out"] == {"no image of a known format": 1}
     assert header["args"]["class_names"] == list(FRUIT) and header["n_test"] == 20
 
-    out = tmp_path / "out.jsonl"
+    out, other = tmp_path / "out.jsonl", f"folder:{tmp_path / 'other'}"
+    fill(tmp_path / "other", n=9)
+    (tmp_path / "other" / "broken.png").write_text("broken")
     code, text, err = call(eval_jempp.main, [
         "--load_path", run / "last.pt", "--eval", "accuracy", "samples", "ood", "--ood",
-        f"svhn={name}", "uniform", "--chain_steps", "2", "--chain_batch", "4", "--results", out])
+        f"svhn={other}", name, "uniform", "--chain_steps", "2", "--chain_batch", "4",
+        "--results", out])
     assert code == 0, err
     records = read_jsonl(out)
     assert {r["dataset"] for r in records} == {name}
     svhn = [r["protocol"] for r in records if r["protocol"].get("out") == "svhn"]
-    assert len(svhn) == 9 and svhn[0]["n_out"] == 100 and svhn[0]["origin"] == name
+    assert len(svhn) == 9 and svhn[0]["n_out"] == 18 and svhn[0]["origin"] == other
     assert svhn[0]["left_out"] == {"no image of a known format": 1}
 
     paint(tmp_path / "set" / "apple" / "000.png", 200)  # other images than it was trained on
