@@ -30,6 +30,7 @@ from utils.evaluation import ood
 from utils.evaluation.evaluations import EVALUATIONS, named_by
 from utils.evaluation.subject import Output, Subject, skip
 from utils.files import checkpoint, records
+from utils.own_images import is_own
 
 DIST_TIMEOUT = 30  # minutes that a process may be busy with its share while others wait
 
@@ -113,7 +114,8 @@ def about(subject, settings, overrides, env):
                        "epoch": opened.epoch},
         "overrides": overrides_of(opened, overrides), "label": subject.label,
         "method": settings["method"] or method_of(opened.args), "training": training_of(opened),
-        "dataset": subject.dataset, "seed": subject.seed, "env": env}
+        "dataset": subject.dataset, "seed": subject.seed, "env": env,
+        **({"class_names": subject.class_names} if is_own(subject.dataset) else {})}
 
 
 def overrides_of(opened, overrides):

@@ -363,6 +363,7 @@ def test_train_resume_and_evaluate_on_a_folder(tmp_path, call):
     assert code == 0, err
     records = read_jsonl(out)
     assert {r["dataset"] for r in records} == {name}
+    assert all(r["class_names"] == list(FRUIT) for r in records)
     svhn = [r["protocol"] for r in records if r["protocol"].get("out") == "svhn"]
     assert len(svhn) == 9 and svhn[0]["n_out"] == 18 and svhn[0]["origin"] == other
     assert svhn[0]["left_out"] == {"no image of a known format": 1}

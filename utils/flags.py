@@ -306,7 +306,8 @@ def add_evaluation(p, evaluations):
     flag("--bins", type=number(int, 1, 10**6), default=20, help="of the ECE (Eq. 16)")
     flag("--ood", type=images, nargs="+", metavar="NAME",
          default=["svhn", "interp", "cifar10", "cifar100", "celeba", "uniform",
-                  "constant"], help="out sets; folder:PATH for your own images")
+                  "constant"], help="out sets; folder:PATH or npz:FILE for your own images, under "
+                                   "the name of a known set with svhn=folder:PATH")
     flag("--attacks", nargs="+", choices=("pgd", "margin", "autoattack"),
          default=["pgd", "margin"], help="of robustness")
     flag("--eps_linf", nargs="*", type=number(float, 0, 255), metavar="ε·255",
