@@ -1,1 +1,1 @@
-"""Data, files, flags and metrics: whatever is not a network or a sampler."""
+"""Data, files, flags and metrics."""

@@ -1,8 +1,8 @@
-"""Several processes with one network, as torchrun starts them, on PyTorch's own engine.
+"""Training one network in several processes, started by torchrun.
 
-Ranks train on different parts of one global batch: DistributedDataParallel averages their gradients
-and everything else (when to save, stop or go back, what is logged) is decided by all of them
-together. Started without torchrun, every function here does the obvious for one process.
+Each rank trains on its part of the global batch. DistributedDataParallel averages the gradients.
+The ranks decide together when to save, stop or roll back, and what to log. Without torchrun, the
+functions here treat the process as the only rank.
 """
 
 import contextlib
@@ -18,20 +18,22 @@ from utils.program import launched
 
 
 def start(device, timeout_minutes):
-    """Join the processes that torchrun started; a peer that is silent for the timeout is an error.
-    Tensors of the host go by gloo, those of GPUs by NCCL."""
+    """Join the processes that torchrun started. A peer that is silent for the timeout is an error.
+
+    gloo transfers CPU tensors, NCCL those of GPUs.
+    """
     if launched() and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
 
 
 def rank():
-    """The number of this process, 0 for the one that writes and speaks."""
+    """The number of this process. Rank 0 writes files and prints."""
     return int(os.environ["RANK"]) if launched() else 0
 
 
 def world():
-    """How many processes there are."""
+    """The number of processes."""
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
@@ -42,7 +44,7 @@ def barrier():
 
 @contextlib.contextmanager
 def first_goes_ahead():
-    """The first rank runs the block before the others do: it downloads, they find."""
+    """Let rank 0 run the block before the others, so that it downloads what they then find."""
     if rank():
         barrier()
     try:
@@ -53,7 +55,7 @@ def first_goes_ahead():
 
 
 def gather(value):
-    """[value of rank 0, value of rank 1, ...] on every rank; any small picklable thing."""
+    """[value of rank 0, value of rank 1, ...] on every rank. Values are small and picklable."""
     if world() == 1:
         return [value]
     values = [None] * world()
@@ -62,12 +64,12 @@ def gather(value):
 
 
 def first(values):
-    """The first that is not None, the lowest rank's; or None."""
+    """The value of the lowest rank whose value is not None. None if all are None."""
     return next((v for v in gather(values) if v is not None), None)
 
 
 def mean(values):
-    """A CPU tensor averaged over the ranks."""
+    """Average a CPU tensor over the ranks, in place."""
     if world() > 1:
         dist.all_reduce(values)
         values /= world()
@@ -75,9 +77,11 @@ def mean(values):
 
 
 def spread(work, items, what):
-    """[work(item) for item in items], each done by one rank and known to all: CPU tensors or plain
-    values. With the same threads, the results are those of one process to the last bit. ``what``
-    the items are stands at the progress bar."""
+    """[work(item) for item in items], shared out over the ranks. Every rank gets all results.
+
+    Results are CPU tensors or plain values. With the same number of threads they equal those of
+    one process to the last bit. ``what`` labels the progress bar.
+    """
     items = list(items)
     own = items[rank()::world()]
     own = [work(item) for item in tqdm(own, what, leave=False, disable=rank() > 0 or None)]
@@ -88,32 +92,36 @@ def spread(work, items, what):
 
 
 def wrap(model):
-    """What training passes go through: ``model``, or DistributedDataParallel around it. Batch
-    statistics are each rank's own; of the running ones, rank 0's count."""
+    """The module that training calls: ``model``, or DistributedDataParallel around it.
+
+    Each rank has its own batch statistics. Rank 0's running statistics are the ones used.
+    """
     if world() == 1:
         return model
     return DistributedDataParallel(model)
 
 
 def accumulating(net):
-    """A context whose backward passes only add to this rank's gradients; the next one outside
-    averages the sums over the ranks."""
+    """A context in which backward passes only add to this rank's gradients.
+
+    The next backward pass outside it averages the sums over the ranks.
+    """
     return net.no_sync() if isinstance(net, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def same_buffers(model):
-    """Give every rank the running statistics of rank 0."""
+    """Copy the running statistics of rank 0 to all ranks."""
     if world() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
 def interleave(shard):
-    """The whole [n, ...] of which rank r holds the rows r, r + world, ...; on every rank."""
+    """Assemble the whole [n, ...] on every rank. Rank r holds the rows r, r + world, ..."""
     if world() == 1:
         return shard
     size = sum(gather(len(shard)))
     whole = torch.zeros(size, *shard.shape[1:], dtype=shard.dtype, device=shard.device)
     whole[rank()::world()] = shard
-    dist.all_reduce(whole)  # the others' rows are zeros: a sum puts them together
+    dist.all_reduce(whole)  # each row is zero on all ranks but one, so the sum assembles them
     return whole

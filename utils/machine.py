@@ -1,4 +1,4 @@
-"""The machine's switches: device, precision, memory, compilation."""
+"""Machine settings: device, precision, memory, compilation."""
 
 import ctypes
 import logging
@@ -8,16 +8,19 @@ import torch
 
 from utils.program import InputError, say
 
-# What --fast turns on, by kind of device; on a CPU that has bfloat16 itself, --amp bf16 as well.
+# The settings of --fast by kind of device. A CPU with native bfloat16 gets --amp bf16 as well.
 FAST = {"cpu": {"compile": "default"},
         "cuda": {"compile": "reduce-overhead", "amp": "bf16", "cudnn_benchmark": True}}
-BF16_BOUND = 0.03  # ten times the error that rounding makes
+BF16_BOUND = 0.03  # ten times the rounding error
 OFF = {"compile": "off", "amp": "off", "cudnn_benchmark": False}
 
 
 def pick_device(name, num_threads):
-    """The torch.device called ``name``, checked by putting a number there. Under torchrun, a plain
-    ``cuda`` (or auto) is the GPU of this process's local rank."""
+    """The torch.device called ``name``, tested by allocating a number there.
+
+    Under torchrun, ``cuda`` (or auto) is the GPU of this process's local rank. InputError if the
+    device cannot be used.
+    """
     if num_threads:
         torch.set_num_threads(num_threads)
     if name == "auto":
@@ -32,7 +35,7 @@ def pick_device(name, num_threads):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         fault = InputError(f"--device {name} cannot be used here: {reason}")
-        fault.of_one_process = True  # more processes than GPUs
+        fault.of_one_process = True  # only ranks without a GPU see this
         raise fault from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -42,30 +45,30 @@ def pick_device(name, num_threads):
 
 
 def kind(name):
-    """``cpu`` or ``cuda`` (or what ``name`` begins with) of a --device."""
+    """The kind of a --device: ``cpu`` or ``cuda``, or what ``name`` begins with."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return name.split(":")[0]
 
 
 def keep_freed_memory(keep=True):
-    """Have glibc keep the memory of freed tensors for the next ones, as a GPU's allocator does.
+    """Make glibc keep the memory of freed tensors for new ones, as a GPU's allocator does.
 
-    By default large tensors are mappings of their own, or are given back when freed, and the kernel
-    fills them with zeros page by page at first touch: a fifth of an iteration of small networks.
-    ``keep=False`` goes back to what glibc's own rules come to with tensors of many sizes.
+    By default glibc maps large tensors separately or returns their memory when they are freed. The
+    kernel then zeroes every new page at first touch, which takes a fifth of an iteration of small
+    networks. ``keep=False`` restores the settings that glibc adapts to with tensors of many sizes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
         m_trim_threshold, m_top_pad, m_mmap_threshold, m_mmap_max = -1, -2, -3, -4  # malloc.h
         mallopt(m_mmap_max, 0 if keep else 65536)
-        mallopt(m_mmap_threshold, 32 * 2**20)  # the most that glibc adapts it to
+        mallopt(m_mmap_threshold, 32 * 2**20)  # the largest that glibc itself would choose
         mallopt(m_trim_threshold, 2**31 - 1 if keep else 64 * 2**20)
         mallopt(m_top_pad, 64 * 2**20 if keep else 128 * 2**10)
 
 
 def fill_in_switches(args):
-    """The switches that were not typed: off, or with --fast what pays on the device."""
+    """Set the switches that were not typed: off, or with --fast what is faster on the device."""
     fast = dict(FAST.get(kind(args.device), {})) if args.fast else {}
     if args.fast and kind(args.device) == "cpu" and args.amp is None and native_bf16():
         fast["amp"] = "bf16" if bf16_error() < BF16_BOUND else "off"
@@ -75,15 +78,16 @@ def fill_in_switches(args):
 
 
 def native_bf16():
-    """Whether this CPU multiplies bfloat16 itself. Others widen it: right, and slower than float32.
-    """
+    """Whether this CPU has bfloat16 instructions. Without them bfloat16 is slower than float32."""
     has = torch.cpu.get_capabilities()
     return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
 
 
 def bf16_error():
-    """The relative error of a bfloat16 convolution and its gradients on this CPU, against float32;
-    a few milliseconds. Rounding makes it about 0.003; some builds of oneDNN convolve wrongly."""
+    """The relative error of a bfloat16 convolution and its gradients on this CPU, against float32.
+
+    Rounding gives about 0.003. Some builds of oneDNN convolve wrongly. Takes a few milliseconds.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, 32, 16, 16, generator=generator)
     weight = torch.randn(64, 32, 3, 3, generator=generator) / 17
@@ -98,8 +102,8 @@ def bf16_error():
 
 
 def check_bf16():
-    """InputError for --amp bf16 on a CPU that computes it wrongly, a line for one that is slow."""
-    if not (error := bf16_error()) < BF16_BOUND:  # a NaN is wrong, too
+    """InputError if this CPU computes bfloat16 wrongly. Print a line if it is slow."""
+    if not (error := bf16_error()) < BF16_BOUND:  # also true for NaN
         raise InputError(f"--amp bf16: convolutions on this CPU are wrong (relative error "
                          f"{error:.2g}, a fault known of some oneDNN versions): type --amp off")
     if not native_bf16():
@@ -108,7 +112,7 @@ def check_bf16():
 
 
 def check_memory(n_bytes, device, what):
-    """InputError where ``what`` takes more than all memory of the device, before it is taken."""
+    """InputError if ``what`` needs more bytes than the device has. Call it before allocating."""
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
     elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -121,25 +125,27 @@ def check_memory(n_bytes, device, what):
 
 
 def set_precision(*, tf32=False, deterministic=False):
-    """What float32 products are on a GPU (PyTorch itself rounds those of convolutions), and whether
-    only deterministic algorithms are allowed."""
+    """Set whether a GPU multiplies float32 as TF32, and whether algorithms must be deterministic.
+
+    PyTorch's own default is TF32 for convolutions.
+    """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
         torch.use_deterministic_algorithms(True)
 
 
 def set_switches(args, device):
-    """Process-wide settings from the flags. InputError where --compile has no compiler."""
+    """Apply the flags' process-wide settings. InputError if --compile finds no compiler."""
     set_precision(tf32=args.tf32, deterministic=args.deterministic)
     if args.amp == "bf16" and device.type == "cpu":
         check_bf16()
     torch.backends.cudnn.benchmark = args.cudnn_benchmark and not args.deterministic
     if args.compile != "off":
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # of CUDA on a CPU
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA warnings
         try:
             torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-        except Exception as error:  # whatever a missing or foreign compiler raises
+        except Exception as error:  # a missing or unknown compiler raises many types
             reason = str(error).strip().splitlines()[0][:120]
             raise InputError(f"--compile {args.compile} needs a working compiler (Linux: g++) "
                              f"that is not here: install one, or --compile off [{reason}]"
@@ -147,16 +153,18 @@ def set_switches(args, device):
 
 
 def compiled(model, mode):
-    """``model``, its calls compiled by torch.compile unless ``mode`` is off; in place, so that
-    names, checkpoints and eager evaluation (``eager``) are untouched."""
+    """Compile the calls of ``model`` in place, unless ``mode`` is off, and return it.
+
+    The names of its weights stay the same, and so do checkpoints and evaluation (``eager``).
+    """
     if mode != "off":
         settings = {"mode": mode, "fullgraph": True, "dynamic": False}
-        model.compile(**settings)  # what has weight gradients: a graph forward and one back
-        torch._dynamo.config.trace_autograd_ops = True  # the sampler's passes: both in one graph
+        model.compile(**settings)  # passes with weight gradients: one graph forward, one backward
+        torch._dynamo.config.trace_autograd_ops = True  # sampler: both passes in one graph
         model.gradient_at = torch.compile(model.gradient_at, **settings)
     return model
 
 
 def eager():
-    """A context in which compiled networks run uncompiled: for batches of other shapes."""
+    """A context in which compiled networks run uncompiled, for batches of other shapes."""
     return torch.compiler.set_stance("force_eager")

@@ -1,4 +1,4 @@
-"""Pictures. Figures are small PNGs; images in [-1, 1] become uint8 in one place."""
+"""Pictures and figures, saved as small PNGs."""
 
 import matplotlib
 
@@ -14,13 +14,15 @@ from utils.files.records import replacing  # noqa: E402
 
 
 def to_uint8(x):
-    """Images in [-1, 1] (clamped there) to uint8, rounded: the one conversion on the way out."""
+    """Convert images in [-1, 1] to uint8, clamped and rounded. All output goes through here."""
     return x.detach().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
 def grid(x, columns=10, side=640):
-    """Images [n, 3, H, W] in [-1, 1] as one uint8 picture [3, h, w], each magnified by a whole
-    number so that the picture is about ``side`` pixels wide."""
+    """Images [n, 3, H, W] in [-1, 1] as one uint8 picture [3, h, w], about ``side`` pixels wide.
+
+    Each image is magnified by a whole number.
+    """
     factor = max(1, round(side / (columns * x.shape[-1])))
     x = to_uint8(x).cpu().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     return make_grid(x, nrow=columns, padding=2, pad_value=255)
@@ -41,7 +43,7 @@ def save_figure(path, figure):
 
 
 def reliability_diagram(bins, ece, title):
-    """Accuracy in each confidence bin against the diagonal, and how full the bins are (Fig. 10)."""
+    """Accuracy in each confidence bin against the diagonal, and each bin's share (Fig. 10)."""
     figure, (top, below) = plt.subplots(2, 1, figsize=(4.2, 5), sharex=True,
                                         gridspec_kw={"height_ratios": [3, 1]})
     middle, width = bins.edges[:-1] + np.diff(bins.edges) / 2, np.diff(bins.edges)
@@ -61,7 +63,7 @@ def reliability_diagram(bins, ece, title):
 
 
 def score_histograms(score_in, outs, name_in, score_name, title):
-    """One panel per out set: the densities of a score on it and on the in set (Table 8)."""
+    """One panel per out set, with the densities of a score on it and on the in set (Table 8)."""
     columns = min(3, len(outs))
     rows = -(-len(outs) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.4 * rows + 0.5),
@@ -85,8 +87,11 @@ def score_histograms(score_in, outs, name_in, score_name, title):
 
 
 def robustness_curves(curves, norm, title):
-    """Accuracy against budget (Fig. 9). ``curves``: {(label, attack): (eps, accuracy)}, or (eps,
-    mean, spread). A label has one colour, an attack one style of line."""
+    """Accuracy against budget (Fig. 9).
+
+    ``curves`` is {(label, attack): (eps, accuracy)}, or (eps, mean, spread) in place of the pair.
+    Each label has a colour, each attack a line style.
+    """
     figure, axis = plt.subplots(figsize=(5, 3.6))
     labels = list(dict.fromkeys(label for label, _ in curves))
     styles = {"pgd": "o-", "margin": "s--", "autoattack": "^:"}
@@ -104,7 +109,7 @@ def robustness_curves(curves, norm, title):
 
 
 def image_rows(rows, names, title, columns=None):
-    """Rows of images [n_i, 3, H, W] in [-1, 1], each beside its name: classes, chains, steps."""
+    """Rows of images [n_i, 3, H, W] in [-1, 1], each labelled with its name."""
     columns = columns or max(len(row) for row in rows)
     padded = [torch.cat([row.cpu(), torch.ones(columns - len(row), *row.shape[1:])])
               for row in rows]

@@ -1,4 +1,4 @@
-"""The frame of a program: exit codes, one clear line for bad input, and who speaks."""
+"""What every program shares: exit codes, one clear line for bad input, and printing."""
 
 import argparse
 import contextlib
@@ -17,46 +17,48 @@ EXIT_OK, EXIT_INPUT, EXIT_DIVERGED, EXIT_STOPPED = 0, 2, 3, 75
 
 
 class InputError(Exception):
-    """Something the user typed or has on disk is wrong; the message says what to do about it."""
+    """Something the user typed or has on disk is wrong. The message says what to do about it."""
 
-    of_one_process = False  # of those of a node, where otherwise all find the same
+    of_one_process = False  # True if the other processes of the node do not see this error
 
 
 class Unavailable(InputError):
-    """Something that is not here now, a data set or a weights file; what needs it is left out."""
+    """A data set or weights file is missing. Whatever needs it is skipped."""
 
 
 def run(main):
-    """Exit with ``main()``'s code; bad input and file trouble become one line and code 2."""
+    """Exit with ``main()``'s code. Bad input and file errors become one line and code 2."""
     threading.excepthook = quiet_thread
     start.open_streams()
     if signal.getsignal(signal.SIGINT) is start.quit_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = exit_code(main, os.path.basename(sys.argv[0]))
-    except Exception:  # hidden from nobody: raised, or its traceback printed; only the exit is ours
+    except Exception:  # a programming error: raised, or under torchrun its traceback is printed
         if not launched():
             raise
         traceback.print_exc()
-        code = 1  # at once, or the others' word that this process is gone comes first
+        code = 1  # exit at once: the other processes should not report first that this one is gone
     if launched():
         sys.stderr.flush()
-        os._exit(code)  # gloo's threads and the interpreter's end can wait for each other for ever
+        os._exit(code)  # gloo's threads and the interpreter's shutdown can deadlock
     sys.exit(code)
 
 
 def exit_code(main, program):
-    """``main()``'s code, or that of what went wrong, said in one line; what is no fault of the
-    user's or the machine's is raised."""
+    """``main()``'s exit code. Errors of the user or the machine become one line and their code.
+
+    Programming errors propagate.
+    """
     try:
         code = main()
         sys.stdout.flush()
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0" and not error.of_one_process:
-            time.sleep(3)  # most are everybody's: torchrun ends us once the first has said it
+            time.sleep(3)  # rank 0 usually reports the same error, and torchrun then ends the rest
         complain(f"{program}: error: {error}")
         code = EXIT_INPUT
-    except BrokenPipeError:  # whoever read our output has read enough, as in "... | head"
+    except BrokenPipeError:  # the reader of our output closed it, as in "... | head"
         mute()
         code = 128 + 13  # as a shell reports SIGPIPE
     except KeyboardInterrupt:
@@ -71,7 +73,7 @@ def exit_code(main, program):
             complain(f"{program}: error: another process of this job is gone or silent: the same "
                      f"command goes on from the last checkpoint [{first_line}]")
             code = EXIT_STOPPED
-            time.sleep(2)  # torchrun names as the cause whoever it sees gone first
+            time.sleep(2)  # torchrun names the first process to exit as the cause
         elif "allocate" in str(error) or "out of memory" in str(error):
             complain(f"{program}: error: not enough memory: {str(error).splitlines()[0][:160]}")
             code = EXIT_INPUT
@@ -87,13 +89,13 @@ def exit_code(main, program):
 
 
 def complain(message):
-    """One line on standard error, however odd what was typed; or none, where nobody reads it."""
+    """Print ``message`` in one line on standard error. Do nothing if that is closed."""
     with contextlib.suppress(OSError):
         print(shortened(message), file=sys.stderr, flush=True)
 
 
 def shortened(message):
-    """``message`` in one line of what can be printed, its longest words cut in the middle."""
+    """``message`` as one line of printable characters. Very long words are cut in the middle."""
     line = re.sub(r"\s+", " ", message).strip()
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     line = re.sub(r"\S{301,}", lambda word: f"{word[0][:40]}...{word[0][-20:]}", line)
@@ -106,7 +108,7 @@ def launched():
 
 
 def refuse_torchrun(why):
-    """For scripts that are one process by nature."""
+    """InputError under torchrun, for scripts that run as a single process."""
     if launched():
         raise InputError(f"start it without torchrun: it {why}")
 
@@ -115,38 +117,37 @@ def lost_a_process(error):
     """Whether PyTorch's engine (gloo, NCCL or its store) gave up on a peer."""
     import torch.distributed as dist
 
-    said = str(error).lower()  # gloo names itself in all messages but that of a pair's closure
+    said = str(error).lower()  # all of gloo's messages contain its name but "pair closure"
     return dist.is_initialized() and (isinstance(error, dist.DistError)
                                       or "gloo" in said or "pair closure" in said)
 
 
 def quiet_thread(fault):
-    """A disk that is full for a helper thread (TensorBoard's) is full for us, and we say so."""
+    """Print a thread's error, except OSError: the main thread reports a full disk itself."""
     if not issubclass(fault.exc_type, OSError):
         sys.__excepthook__(fault.exc_type, fault.exc_value, fault.exc_traceback)
 
 
 def say(message):
-    """Print a line for whoever is watching; work goes on when nobody is any more. Of several
-    processes, the first speaks."""
+    """Print a line on rank 0. Work continues if standard output is closed or cannot be written."""
     if launched() and os.environ.get("RANK") != "0":
         return
     try:
         print(message, flush=True)
     except BrokenPipeError:
         mute()
-    except OSError as error:  # a full disk below it, or a terminal that is gone
+    except OSError as error:  # the disk is full, or the terminal is gone
         mute()
         complain(f"standard output cannot be written ({error.strerror}): the work goes on")
 
 
 def mute():
-    """Send standard output nowhere from here on."""
+    """Discard standard output from here on."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Parser(argparse.ArgumentParser):
-    """Argparse's, whose complaint is one line and names --help."""
+    """An argparse parser whose errors are one line that mentions --help."""
 
     def error(self, message):
         raise InputError(f"{message} (--help lists the flags)")
@@ -158,10 +159,10 @@ def parser(description):
 
 
 def path(text):
-    """An argparse type: a path, in which ~ is the home folder, as a string."""
+    """An argparse type: a path as a string, with ~ expanded to the home folder."""
     if not text:
         raise argparse.ArgumentTypeError("an empty path: type a name (. is the current folder)")
-    if not text.startswith("~"):  # which the shell expands at a word's beginning alone
+    if not text.startswith("~"):  # the shell leaves ~ alone inside a word, as in --flag=~/x
         return text
     try:
         return str(Path(text).expanduser())

@@ -1,6 +1,6 @@
-"""What a program does first of all, before it imports what takes seconds.
+"""The first thing that a program does, before imports that take seconds.
 
-Only programs call ``begin``, and only as ``__main__``: importing a module changes nothing.
+Programs call ``begin`` under ``__main__`` only, so importing a module changes nothing.
 """
 
 import io
@@ -12,7 +12,7 @@ INTERRUPTED = 128 + signal.SIGINT  # as a shell reports it
 
 
 def begin():
-    """Make standard streams, Ctrl-C and the user's folders such that the imports succeed."""
+    """Set up standard streams, Ctrl-C and the user's folders, so that the imports succeed."""
     open_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, quit_at_once)
@@ -20,11 +20,11 @@ def begin():
 
 
 def open_streams():
-    """Standard streams that are there, and that write any character in any encoding."""
+    """Make sure that the standard streams exist and can write any character in any encoding."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
-        except OSError:  # closed, as by 2>&-: the next file that is opened would get its number
+        except OSError:  # closed, as by 2>&-: the next opened file would get this number
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, number)
             os.set_inheritable(number, True)
@@ -34,21 +34,26 @@ def open_streams():
             stream = open(number, "w" if number else "r", encoding="utf-8")  # noqa: SIM115
             setattr(sys, name, stream)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a notebook's are something else
+        if isinstance(stream, io.TextIOWrapper):  # not so in notebooks
             stream.reconfigure(errors="backslashreplace")
 
 
 def quit_at_once(number, frame):
-    """Nothing has been begun: one line, where an exception would go through half-made modules."""
+    """Handle Ctrl-C during imports: print one line and exit, as no work has begun.
+
+    An exception would pass through half-imported modules.
+    """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.write(2, f"{os.path.basename(sys.argv[0])}: interrupted\n".encode(errors="replace"))
     os._exit(INTERRUPTED)
 
 
 def name_the_user():
-    """Give libraries what they ask for at import: the user's name (torch), a home, and a folder
-    for matplotlib's cache. A container may run as a user that its passwd file does not know."""
-    import getpass  # here: Ctrl-C had to be taken over before
+    """Set the user's name (torch needs it), a home folder, and matplotlib's and Triton's caches.
+
+    A container may run as a user that is missing from its passwd file.
+    """
+    import getpass  # here, because Ctrl-C must be handled before any import
     from pathlib import Path
 
     try:
@@ -67,7 +72,7 @@ def name_the_user():
         spare = Path(tempfile.gettempdir()) / f"jempp-{getpass.getuser()}"
         spare.mkdir(mode=0o700, exist_ok=True)
     except OSError:
-        return  # no folder can be written: what needs one will say so
+        return  # no folder is writable: whatever needs one reports it
     if home is None:
         os.environ["HOME"] = str(spare)
     os.environ.setdefault("MPLCONFIGDIR", str(spare))

@@ -1,1 +1,1 @@
-"""What is measured of a checkpoint: one function a metric, one a protocol."""
+"""Measurements on a checkpoint: one function per metric, one per protocol."""

@@ -1,1 +1,1 @@
-"""What is read and written: checkpoints, records."""
+"""Files that the programs read and write: checkpoints and records."""

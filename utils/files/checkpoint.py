@@ -1,8 +1,8 @@
-"""Checkpoints of our own: dictionaries of tensors and plain values, written atomically.
+"""Our own checkpoints: dictionaries of tensors and plain values, written atomically.
 
-A resumable file (``last.pt``) holds all that the next step depends on: weights, optimiser, replay
-buffer in full precision, what p_0 was estimated from, step and random seed. Files are read with
-``weights_only=True``: a stranger's checkpoint cannot run code.
+A resumable file (``last.pt``) holds everything that the next step depends on: weights, optimiser,
+replay buffer in full precision, the origin of p_0, step and random seed. Files are read with
+``weights_only=True``, so a stranger's checkpoint cannot run code.
 """
 
 import errno
@@ -41,8 +41,8 @@ from utils.program import InputError, say
 FORMAT, OLD_FORMAT = "jempp-2", "jempp-1"
 KEYS = {"model", "config", "buffer", "p0", "step", "epoch", "best", "args", "rng", "versions",
         "lr_factor", "guard", "log_lines", "sha256"}
-MOST_STEPS = 10**9  # of a run; the paper's has 10^5
-LOCKED = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}  # what flock says of another's lock
+MOST_STEPS = 10**9  # in a run (the paper's runs have 10^5)
+LOCKED = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}  # flock's errors if another holds the lock
 READABLE = ("checkpoints of train_jempp.py, the released files of JEM, JEM++ and SADA-JEM, and "
             "weights under their names or ours, .pt or .safetensors, with or without the prefixes "
             f"module. and _orig_mod., bare or as {', '.join(official.WRAPPERS)}")
@@ -50,51 +50,51 @@ READABLE = ("checkpoints of train_jempp.py, the released files of JEM, JEM++ and
 
 @dataclass
 class State:
-    """What training changes: all of it goes into a checkpoint."""
+    """Everything that training changes. All of it goes into a checkpoint."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     buffer: ReplayBuffer | None
-    p0_origin: dict  # what p_0 was estimated from
-    args: dict  # the arguments of the run, as plain values
+    p0_origin: dict  # the data that p_0 was estimated from
+    args: dict  # the run's arguments as plain values
     step: int = 0  # finished steps
-    best: float = -1.0  # the validation accuracy that best.pt was saved for
-    rollbacks: int = 0  # each gives the run other random numbers
-    lr_factor: float = 1.0  # what rollbacks have made of the learning rate
-    guard: dict = field(default_factory=dict)  # what the guard remembers
-    log_lines: int = 0  # of train.jsonl when this was saved
+    best: float = -1.0  # validation accuracy of best.pt
+    rollbacks: int = 0  # each rollback changes the random numbers
+    lr_factor: float = 1.0  # rollbacks multiply the learning rate by this
+    guard: dict = field(default_factory=dict)  # the guard's memory
+    log_lines: int = 0  # lines in train.jsonl at the time of saving
     saved_at: int = 0  # step of last.pt
     candidate_at: int = 0  # step of candidate.pt
     average: AveragedModel | None = None  # --ema: the running average of the weights
 
     def __post_init__(self):
-        self.net = distributed.wrap(self.model)  # what training passes go through
+        self.net = distributed.wrap(self.model)  # the module that training calls
 
     @property
     def seed(self):
-        """What random streams are seeded by: the run's seed, and its rollbacks if there were."""
+        """The seed of the random streams: the run's seed and its number of rollbacks."""
         return stream_seed(self.args["seed"], self.rollbacks)
 
     def whole_buffer(self):
-        """The replay buffer of all ranks [|B|, 3, H, W] (a call that every rank makes), or None."""
+        """The replay buffer of all ranks [|B|, 3, H, W], or None. Every rank must call this."""
         if self.buffer is None:
             return None
         return distributed.interleave(self.buffer.images)
 
     def parts(self, judged=None):
-        """The state dicts of a file: all that resuming needs, or the network ``judged`` alone."""
+        """The state dicts to save: all that resuming needs, or only the network ``judged``."""
         if judged is not None:
             return {"model": judged.state_dict()}
         parts = {"model": self.model, "optimizer": self.optimizer, "average": self.average}
         return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def is_finite(self, judged=None):
-        """Whether all that is saved, on all ranks, is free of NaN and infinity."""
+        """Whether everything to be saved, on all ranks, is free of NaN and infinity."""
         buffer = None if self.buffer is None else self.buffer.images
         return all(distributed.gather(all_finite({**self.parts(judged), "buffer": buffer})))
 
     def load(self, content, path):
-        """Become the state that ``content`` of the resumable file ``path`` was saved from."""
+        """Restore the state from ``content``, read from the resumable file ``path``."""
         if content["p0"] != self.p0_origin:
             raise InputError(f"{path} was trained on other images than --data_root holds now")
         if "optimizer" not in content:
@@ -106,7 +106,7 @@ class State:
                 self.average.load_state_dict(content["average"])
             if self.buffer is not None:
                 images = own_share(content["buffer"])
-                if images.shape != self.buffer.images.shape:  # copy_ would repeat one image
+                if images.shape != self.buffer.images.shape:  # copy_ would broadcast one image
                     raise ValueError(f"a buffer of shape {tuple(content['buffer'].shape)}")
                 self.buffer.images.copy_(images)
             self.step, self.best = content["step"], content["best"]
@@ -117,12 +117,12 @@ class State:
             raise InputError(f"{path} does not fit this run [{one_line(error)}]") from error
 
     def become(self, other):
-        """Take over all that ``other``, a state of the same run, holds."""
+        """Copy all fields from ``other``, a state of the same run."""
         vars(self).update(vars(other))
 
 
 def load_optimizer(optimizer, saved):
-    """Take over momenta and the like; settings are the run's own, whatever the file says."""
+    """Load the optimiser's tensors, such as momenta. Its settings stay those of this run."""
     own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, settings in zip(optimizer.param_groups, own, strict=True):
@@ -134,15 +134,15 @@ def load_optimizer(optimizer, saved):
 
 
 def stream_seed(seed, rollbacks):
-    """The seed of a run's random streams after so many rollbacks."""
+    """The seed of a run's random streams after ``rollbacks`` rollbacks."""
     return seed if rollbacks == 0 else f"{seed}.{rollbacks}"
 
 
 def save(path, state, epoch, *, judged=None, keep_as=None):
-    """Write ``state``, or the network ``judged`` in place of what resuming needs (best.pt).
+    """Write all of ``state``, or with ``judged`` only that network (best.pt).
 
-    Every rank makes this call; the first one writes. ``keep_as``: the name that the file which
-    stood there goes on under.
+    Every rank must call this. Rank 0 writes. ``keep_as`` renames an existing file instead of
+    replacing it.
     """
     distributed.same_buffers(state.model)
     buffer = state.whole_buffer()
@@ -156,7 +156,7 @@ def write(path, state, buffer, epoch, judged, keep_as):
         "format": FORMAT, **state.parts(judged), "config": dict(state.model.config),
         "buffer": buffer, "p0": state.p0_origin,
         "step": state.step, "epoch": epoch, "best": state.best, "args": state.args,
-        # every random number is a function of these three
+        # these three determine every random number
         "rng": {"seed": state.args["seed"], "stream": state.rollbacks, "step": state.step},
         "lr_factor": state.lr_factor, "guard": state.guard, "log_lines": state.log_lines,
         "versions": {"torch": str(torch.__version__), "python": platform.python_version()}}
@@ -164,7 +164,7 @@ def write(path, state, buffer, epoch, judged, keep_as):
     with replacing(path, keep_as=keep_as) as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # torch says what the disk said behind its own words
+        except RuntimeError as error:  # torch hides the disk's error in the context of its own
             told = error.__context__
             if not isinstance(told, OSError):
                 told = OSError(errno.EIO, f"cannot be written [{one_line(error)}]")
@@ -172,8 +172,10 @@ def write(path, state, buffer, epoch, judged, keep_as):
 
 
 def digest(content):
-    """SHA-256 over all that ``content`` holds: names, types and values, tensors by their bytes.
-    Files of the older format have one over their tensors alone."""
+    """SHA-256 over all names, types and values in ``content``, and the bytes of its tensors.
+
+    Files of the older format hash only their tensors.
+    """
     sha, whole = hashlib.sha256(), content.get("format") != OLD_FORMAT
     for name, value in leaves({k: v for k, v in content.items() if k != "sha256"}):
         if isinstance(value, torch.Tensor):
@@ -185,12 +187,12 @@ def digest(content):
 
 
 def is_ours(content):
-    """Whether ``save`` may have written it, in whatever version."""
+    """Whether some version of ``save`` may have written ``content``."""
     return isinstance(content, dict) and bool({"format", "sha256"} & content.keys())
 
 
 def check(content, path):
-    """``content`` if it is what ``save`` wrote; InputError, in one line, if not."""
+    """Return ``content`` if ``save`` wrote it. Otherwise raise a one-line InputError."""
     if not is_ours(content) or content.get("format") not in (FORMAT, OLD_FORMAT):
         raise InputError(f"{path} is not a checkpoint of this code")
     if missing := KEYS - content.keys():
@@ -219,7 +221,7 @@ def is_number(value):
     return isinstance(value, float) and math.isfinite(value)
 
 
-# What a checkpoint holds besides tensors, and a test for each.
+# A test for each entry of a checkpoint.
 RIGHT = {"model": is_dict, "config": is_dict, "args": is_dict, "p0": is_dict, "step": is_count,
          "log_lines": is_count, "lr_factor": is_number, "best": is_number,
          "epoch": lambda value: value is None or is_count(value),
@@ -228,14 +230,16 @@ RIGHT = {"model": is_dict, "config": is_dict, "args": is_dict, "p0": is_dict, "s
 
 
 def load(path):
-    """The checked content of a checkpoint of ours."""
+    """Read and check one of our own checkpoints."""
     return check(read(path), path)
 
 
 @contextmanager
 def locked(run_dir):
-    """Hold RUN/.lock, so that no second process writes to the folder; InputError if one does.
-    What a killed process left half written is cleared away."""
+    """Hold RUN/.lock, so that no second process writes to the folder. Delete partial files.
+
+    InputError if another process holds the lock.
+    """
     with regular(Path(run_dir) / ".lock", "ab") as file:
         if fcntl is not None:
             try:
@@ -253,18 +257,18 @@ def locked(run_dir):
 
 
 def step_of(path):
-    """After which step a checkpoint of ours was saved."""
+    """The step after which one of our own checkpoints was saved."""
     return load(path)["step"]
 
 
 def sha256_of(path):
-    """The SHA-256 that ``open_any(path).sha256`` is."""
+    """The file's SHA-256, equal to ``open_any(path).sha256``."""
     with refusing(path), regular(path, most=MOST_BYTES) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Opened(NamedTuple):
-    """A checkpoint opened to be evaluated; what its file lacks is None."""
+    """A checkpoint opened for evaluation. Fields that its file lacks are None."""
 
     path: str
     sha256: str
@@ -276,8 +280,11 @@ class Opened(NamedTuple):
 
 
 def open_any(path):
-    """Ours, a released file of JEM, JEM++ or SADA-JEM, or bare weights, told apart by content: an
-    ``Opened`` with its network on the CPU in eval mode."""
+    """Open our own checkpoint, a released file of JEM, JEM++ or SADA-JEM, or bare weights.
+
+    The content decides which of these it is. The network of the ``Opened`` is on the CPU in eval
+    mode.
+    """
     content, sha256 = read_hashed(path)
     args = step = epoch = None
     if is_ours(content):
@@ -301,10 +308,10 @@ def open_any(path):
 
 
 def network(config, weights, path):
-    """The JEM of ``config`` with the ``weights`` of the file ``path``, in eval mode."""
+    """Build the JEM of ``config`` and load ``weights``, read from ``path``. Eval mode."""
     try:
         check_config(config)
-        with torch.device("meta"):  # what does not fit is told before memory is taken for it
+        with torch.device("meta"):  # find a mismatch before allocating memory
             JEM.build(**config).load_state_dict(weights, assign=True)
         model = JEM.build(**config)
         model.load_state_dict(weights)
@@ -317,7 +324,7 @@ def network(config, weights, path):
 
 
 def check_config(config):
-    """ValueError for the words of a network beyond all use, and for what is no word of one."""
+    """ValueError if a value in ``config`` has the wrong type or is absurdly large."""
     most = {"depth": 1000, "width": 100}
     for name, value in config.items():
         good = (isinstance(value, bool | str) or type(value) is float and 0 < value <= 1
@@ -327,7 +334,7 @@ def check_config(config):
 
 
 def all_finite(content):
-    """Whether no tensor in nested dictionaries and lists holds a NaN or an infinity."""
+    """Whether all tensors in nested dictionaries and lists are free of NaN and infinity."""
     flags = {}
     for _, leaf in leaves(content):
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
@@ -336,5 +343,5 @@ def all_finite(content):
 
 
 def own_share(rows):
-    """The slots of the replay buffer that this rank owns."""
+    """This rank's slots of the replay buffer."""
     return rows[distributed.rank()::distributed.world()]

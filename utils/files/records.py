@@ -1,4 +1,4 @@
-"""JSON lines and files that are whole or not there: written beside their place and renamed."""
+"""JSON-lines records, and atomic writing: to a temporary file that is then renamed."""
 
 import errno
 import json
@@ -18,27 +18,25 @@ except ImportError:  # not on Windows: no lock there
 from utils.files.regular import read_bytes, regular
 from utils.program import InputError
 
-# Training arguments that a record leaves aside: those of the machine, of how far a run goes, of how
-# often it tells or saves something, the words in its pictures, and the place of a file whose hash
-# is recorded.
+# Training arguments that a record omits: machine settings, the run's length, how often it logs or
+# saves, the class names in pictures, and the path of a file whose hash is recorded.
 ASIDE = {"run_dir", "data_root", "download", "device", "num_threads", "deterministic",
          "channels_last", "compile", "fast", "cudnn_benchmark", "dist_timeout", "dry_run",
          "max_steps", "max_minutes", "ckpt_steps", "print_every", "keep_every", "class_names",
          "load_path"}
-# What counts as divergence and what follows it: recorded, but runs that differ in these alone are
-# runs of one method.
+# The guard's settings. They are recorded, but runs that differ only in these count as one method.
 GUARD = {"on_divergence", "max_rollbacks", "rollback_lr_factor", "max_loss", "max_gap",
          "max_saturated", "min_accuracy_ratio", "good_after", "check_every"}
-# The words of a protocol that are shown to people; a record holds all of them.
+# The protocol entries shown to people. A record holds all entries.
 SHOWN = {"split", "score", "out", "attack", "norm", "eps", "eps_255", "source", "selection", "bins",
          "steps", "restarts", "chain_steps", "reference"}
 
 
 @contextmanager
 def replacing(path, mode="wb", keep_as=None):
-    """Open a temporary file that becomes ``path`` when the block ends well, and vanishes if not.
+    """Open a temporary file. It becomes ``path`` when the block succeeds and is deleted otherwise.
 
-    ``keep_as`` is the name that the file which stood there goes on under.
+    ``keep_as`` renames an existing file at ``path`` instead of replacing it.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -59,11 +57,11 @@ def replacing(path, mode="wb", keep_as=None):
 
 
 def sync_folder(folder):
-    """Make renames in ``folder`` last through a power cut, where the system lets one."""
+    """Make renames in ``folder`` survive a power cut, where the system supports it."""
     if os.name == "posix":
         try:
             handle = os.open(folder, os.O_RDONLY)
-        except PermissionError:  # one may write to it, not list it
+        except PermissionError:  # the folder can be written but not listed
             return
         try:
             sync(handle)
@@ -72,8 +70,10 @@ def sync_folder(folder):
 
 
 def sync(handle):
-    """fsync, which file systems may refuse (CIFS and FUSE for folders); that the disk is full or
-    broken is no refusal."""
+    """Call fsync. Ignore that a file system does not support it (CIFS and FUSE for folders).
+
+    OSError if the disk is full or broken.
+    """
     try:
         os.fsync(handle)
     except OSError as error:
@@ -88,7 +88,7 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """What a JSON file holds. ValueError where that is no JSON."""
+    """Read a JSON file. ValueError if it is not JSON."""
     try:
         return json.loads(read_bytes(path))
     except RecursionError:
@@ -96,8 +96,11 @@ def read_json(path):
 
 
 def read_jsonl(path):
-    """The records of a JSON-lines file, without blank lines and a last line torn by a crash; []
-    for no file."""
+    """The records of a JSON-lines file, [] if there is none.
+
+    Blank lines are skipped, and so is a last line that a crash cut short. InputError for any other
+    line that is not JSON.
+    """
     try:
         lines = read_bytes(path).splitlines()
     except FileNotFoundError:
@@ -121,9 +124,10 @@ def write_jsonl(path, records):
 
 
 def append_jsonl(path, record):
-    """Append one record; a torn last line, left by a crash, is first cut off. A whole one without
-    its newline stays, and a file of another kind is refused (InputError). Of several processes,
-    one appends at a time."""
+    """Append one record. A lock lets one process append at a time.
+    A last line that a crash cut short is removed first. A whole last line without a newline stays.
+    InputError if the file is not a JSON-lines file.
+    """
     data = json.dumps(jsonable(record)) + "\n"
     with regular(path, "a+b") as file:
         wait_for_lock(file)
@@ -145,7 +149,7 @@ def append_jsonl(path, record):
 
 
 def check_writable(path):
-    """Make the file ``path`` and its folder where they are missing; InputError where one cannot."""
+    """Create the file ``path`` and its folder if missing. InputError if that is impossible."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with regular(path, "ab"):
@@ -156,14 +160,14 @@ def check_writable(path):
 
 
 def wait_for_lock(file):
-    """Have ``file`` for this process alone until it is closed, where the file system can lock."""
+    """Lock ``file`` for this process until it is closed, if the file system supports locks."""
     if fcntl is not None:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def jsonable(value):
-    """``value`` in JSON's own types; non-finite floats become "inf", "-inf" or "nan"."""
+    """``value`` in JSON's own types. Non-finite floats become "inf", "-inf" or "nan"."""
     if isinstance(value, dict):
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -174,15 +178,18 @@ def jsonable(value):
 
 
 def training_of(args, step, sampler=None, network=None):
-    """What a record says of the run that its number comes from: the resolved arguments (a dict) but
-    those left ASIDE, the names of ``sampler`` and ``network`` where known, and the step."""
+    """A record's description of the training run.
+
+    It holds the resolved arguments ``args`` (a dict) without those in ASIDE, the names of
+    ``sampler`` and ``network`` if known, and the step.
+    """
     kept = {name: value for name, value in jsonable(args).items() if name not in ASIDE}
     names = {"sampler": sampler, "network": network}
     return kept | {k: v for k, v in names.items() if v is not None} | {"step": step}
 
 
 def shown(protocol):
-    """The words of a record's protocol to show: "split=test", noise only where there is some."""
+    """The protocol entries to show, as in "split=test". Noise (sigma) is shown unless it is 0."""
     return " ".join(f"{name}={value}" for name, value in sorted(protocol.items())
                     if name in SHOWN or (name == "sigma" and value))
 
@@ -213,8 +220,8 @@ def cpu_name():
 
 
 def environment(device):
-    """What a number was measured with: versions, device, processor, commit."""
-    import torch  # here: what only reads and writes records does not wait for it
+    """The environment of a measurement: versions, device, processor, commit."""
+    import torch  # here, because code that only reads and writes records does not need it
 
     commit, dirty = git_state()
     device = torch.device(device)

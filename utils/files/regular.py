@@ -1,4 +1,4 @@
-"""Opening a file that somebody named: a regular one, of bounded size, or one line of refusal."""
+"""Opening a file that the user named: a regular file of bounded size, or a one-line error."""
 
 import os
 import stat
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.program import InputError
 
-MOST_TEXT = 2**30  # bytes of a file of records: a thousand times those of the paper's run
+MOST_TEXT = 2**30  # bytes in a file of records, a thousand times those of the paper's run
 KINDS = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"),
          (stat.S_ISBLK, "a device"))
 
@@ -14,8 +14,8 @@ KINDS = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, 
 def regular(path, mode="rb", most=MOST_TEXT):
     """Open ``path`` like ``open``, for reading or appending bytes.
 
-    InputError for what is no regular file (a pipe waits for ever, a device never ends) and for one
-    of more than ``most`` bytes; what the system says (no such file, a folder) is an OSError.
+    InputError for a file of more than ``most`` bytes, and for pipes, sockets and devices, whose
+    reading can block or never end. OSError for a missing file or a folder.
     """
     def check(status):
         for is_kind, kind in KINDS:
@@ -27,7 +27,7 @@ def regular(path, mode="rb", most=MOST_TEXT):
 
     def opener(name, flags):
         if Path(name).exists():
-            check(Path(name).stat())  # first: opening by itself can wait or do something
+            check(Path(name).stat())  # before opening, which can block or have side effects
         handle = os.open(name, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
         try:
             check(os.fstat(handle))
@@ -40,7 +40,7 @@ def regular(path, mode="rb", most=MOST_TEXT):
 
 
 def read_bytes(path, most=MOST_TEXT):
-    """All that a regular file holds. InputError also where it does not fit into memory."""
+    """The bytes of a regular file. Errors as for ``regular``, and InputError if memory runs out."""
     try:
         with regular(path, most=most) as file:
             return file.read()

@@ -1,7 +1,7 @@
-"""Reading files of tensors (torch.save's, old and new, and safetensors), whoever wrote them.
+"""Reading untrusted files of tensors: torch.save's formats, old and new, and safetensors.
 
-A file is opened once: what is checked, loaded and hashed are the same bytes, even where another
-process replaces the file meanwhile. What is refused costs bounded time and memory.
+A file is opened once, so that the same bytes are checked, loaded and hashed even if another process
+replaces the file. Refusing a file takes bounded time and memory.
 """
 
 import contextlib
@@ -19,33 +19,33 @@ import torch
 from utils.files.regular import regular
 from utils.program import InputError
 
-MOST_BYTES = 2**36  # of a file
-MOST_LEAVES = 200_000  # objects in a file: the optimiser of WRN-40-10 comes to some thousands
-MOST_DEPTH = 50  # of dictionaries and lists in each other
-MOST_PICKLED = 2**26  # bytes that describe the tensors: some hundred for each
+MOST_BYTES = 2**36  # in a file
+MOST_LEAVES = 200_000  # objects in a file (the optimiser of WRN-40-10 has some thousands)
+MOST_DEPTH = 50  # levels of nested dictionaries and lists
+MOST_PICKLED = 2**26  # bytes that describe the tensors (some hundred for each)
 PLAIN = (str, int, float, complex, bool, bytes, torch.dtype, torch.device, type(None))
-BEGINNINGS = (  # of what people save or download in place of a checkpoint
+BEGINNINGS = (  # first bytes of files that people mistake for a checkpoint
     (b"<", "a failed download?"), (b"404", "a failed download?"), (b"{", "a failed download?"),
     (b"version https://git-lfs", "a Git LFS pointer: fetch the file itself with git lfs pull"),
     (b"\x1f\x8b", "compressed by gzip: unpack it first"))
 
 
 class Damaged(InputError):
-    """A file that is cut short, altered or empty: an older copy of it may do."""
+    """The file is cut short, altered or empty. An older copy of it may be fine."""
 
 
 def read(path):
     """The content of a file of tensors, on the CPU. Nothing in it is executed.
 
-    InputError, in one line, for a file that is missing, damaged (``Damaged``), of another kind, or
-    that holds anything but tensors and plain values (``weights_only=True``).
+    A one-line InputError if the file is missing, damaged (``Damaged``), of another kind, or holds
+    anything but tensors and plain values (``weights_only=True``).
     """
     with refusing(path), regular(path, most=MOST_BYTES) as file:
         return content_of(file, path)
 
 
 def read_hashed(path):
-    """(content, SHA-256 of the file that it was read from). Errors as for ``read``."""
+    """(content, SHA-256 of the file). Errors as for ``read``."""
     with refusing(path), regular(path, most=MOST_BYTES) as file:
         content = content_of(file, path)
         file.seek(0)
@@ -54,7 +54,7 @@ def read_hashed(path):
 
 @contextlib.contextmanager
 def refusing(path):
-    """Whatever goes wrong while the block reads ``path`` becomes an InputError of one line."""
+    """Turn any error of the block, which reads ``path``, into a one-line InputError."""
     try:
         yield
     except InputError:
@@ -69,7 +69,7 @@ def refusing(path):
         raise InputError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
     except pickle.UnpicklingError as error:
         raise unpickling_fault(path, str(error)) from error
-    except Exception as error:  # torch and zipfile raise all kinds over damaged bytes
+    except Exception as error:  # torch and zipfile raise many types on damaged bytes
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise InputError(f"{path} does not fit into memory") from None
         raise Damaged(f"{path} cannot be read as a checkpoint: it is cut short, damaged or of "
@@ -77,7 +77,7 @@ def refusing(path):
 
 
 def unpickling_fault(path, said):
-    """The error for what torch's restricted unpickler ``said`` of a file."""
+    """The InputError for the message ``said`` of torch's restricted unpickler."""
     unsafe = re.search(r"GLOBAL (\S+)", said)
     if unsafe or "Can only" in said or "unrecognized function" in said:
         what = f"{unsafe[1]}, which is" if unsafe else ""
@@ -91,7 +91,7 @@ def unpickling_fault(path, said):
 
 
 def content_of(file, path):
-    """What the open ``file`` holds, checked before and after it is loaded."""
+    """Load the open ``file``, checking it before and after."""
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     head = file.read(24)
@@ -101,20 +101,20 @@ def content_of(file, path):
     else:
         if head.startswith(b"PK\x03\x04"):
             check_zip(file, path, size)
-        elif head.startswith(b"\x80"):  # PyTorch's format before 1.6: five pickles, then the bytes
+        elif head.startswith(b"\x80"):  # the format before PyTorch 1.6: five pickles, then bytes
             for _ in range(5):
                 check_pickle(file, path)
         else:
             raise no_checkpoint(path, head)
         file.seek(0)
-        with warnings.catch_warnings(action="ignore"):  # of kinds that are refused below
+        with warnings.catch_warnings(action="ignore"):  # about tensors that are refused below
             content = torch.load(file, map_location="cpu", weights_only=True)
     check_content(content, path, size)
     return content
 
 
 def no_checkpoint(path, head):
-    """The error for a file that begins with ``head``, as no file of tensors does."""
+    """The error for a file whose first bytes ``head`` are not those of a file of tensors."""
     if not head:
         return Damaged(f"{path} is no PyTorch checkpoint: it is empty")
     why = next((f": {why}" for start, why in BEGINNINGS if head.startswith(start)), "")
@@ -123,8 +123,11 @@ def no_checkpoint(path, head):
 
 
 def check_zip(file, path, size):
-    """InputError for a damaged or suspicious archive of ``size`` bytes. torch checks no checksums,
-    and a compressed entry (torch writes none) may grow without bound as it is read."""
+    """InputError for a damaged or suspicious archive of ``size`` bytes.
+
+    torch does not verify checksums. Compressed entries are refused, because they may expand without
+    bound and torch never writes them.
+    """
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if len({entry.filename for entry in entries}) < len(entries):
@@ -143,13 +146,13 @@ def check_zip(file, path, size):
 
 
 def check_pickle(file, path):
-    """InputError where the pickle that begins here would take very long to load.
+    """InputError if the pickle at the file's position would take very long to load.
 
-    Its operations are followed, not executed: for each object, how many it consists of, written
-    out. A tuple of ten references to a tuple of ten ... is short, but its hash (it may be a key)
-    visits them all.
+    The operations are not executed. They are followed to count how many objects each object
+    contains when references are written out. Ten references to a tuple of ten references to a tuple
+    of ten ... take few bytes. But hashing such a tuple, as a dictionary's key, visits all objects.
     """
-    stack, memo, work = [], {}, 0  # what lies on the stack: sizes, and None for a mark
+    stack, memo, work = [], {}, 0  # the stack holds sizes, and None for a mark
     for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
         name = operation.name
         if name == "MARK":
@@ -176,7 +179,7 @@ def check_pickle(file, path):
 
 
 def check_content(content, path, size):
-    """InputError for loaded ``content`` that cannot come from a sound file of ``size`` bytes."""
+    """InputError if a sound file of ``size`` bytes cannot have this ``content``."""
     storages = {}
     try:
         for name, leaf in leaves(content):
@@ -189,7 +192,7 @@ def check_content(content, path, size):
                                  f"({kind})")
             storage = leaf.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
-            # a view of few bytes can pretend to be of any size
+            # a view with stride 0 can have any size
             if leaf.numel() * leaf.element_size() > storage.nbytes():
                 raise InputError(f"{path} is refused: {name} is larger than what is stored of it")
     except ValueError as error:
@@ -199,10 +202,10 @@ def check_content(content, path, size):
 
 
 def leaves(value):
-    """(name, leaf) of all that nested dictionaries, lists and tuples hold, names in sorted order.
+    """Yield (name, leaf) for nested dictionaries, lists and tuples, sorted by name.
 
-    ValueError beyond MOST_LEAVES objects or MOST_DEPTH: a few bytes of pickle can stand for more
-    lists in lists than any machine can walk through.
+    ValueError beyond MOST_LEAVES objects or MOST_DEPTH levels. A short pickle can describe more
+    nested lists than any machine can walk through.
     """
     todo, seen = [("", 0, value)], 0
     while todo:

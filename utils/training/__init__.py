@@ -1,1 +1,1 @@
-"""What a training run is made of: its start, its guard, its log."""
+"""The parts of a training run: its start, its guard, its log."""
