@@ -1,4 +1,4 @@
-"""Folders of pictures as uint8 images: what counts as one, how it is read and made square."""
+"""Reading folders of pictures: which files count, decoding, and cropping to a square."""
 
 import contextlib
 import functools
@@ -22,19 +22,22 @@ from utils import distributed
 from utils.program import InputError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # EPS would start Ghostscript
-# A file of such a name that cannot be read is counted; others are looked into, to see what they are
+# A file with such a suffix counts as an image even if it is unreadable. Others are opened to check.
 SUFFIXES = {".avif", ".bmp", ".gif", ".heic", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm",
             ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
-LITTER = {"__MACOSX"}  # what unpacking leaves beside the pictures; names with a dot in front, too
-THREADS = min(8, os.cpu_count() or 1)  # Pillow decodes without holding Python's lock
-AT_ONCE = 256  # files handed to the threads together
-MOST_BYTES = 2**30  # of a picture's file
-DARKEST = 4096  # 16-bit pixels that all lie below were never meant to reach 65535
+LITTER = {"__MACOSX"}  # left by unpacking; names that begin with a dot are skipped too
+THREADS = min(8, os.cpu_count() or 1)  # Pillow releases Python's lock while it decodes
+AT_ONCE = 256  # files given to the threads at once
+MOST_BYTES = 2**30  # in a picture's file
+DARKEST = 4096  # if all 16-bit pixels are below this, their range is not 0..65535
 
 
 class Decoded(NamedTuple):
-    """What came of a list of files: ``x`` uint8 [n, 3, S, S], where each image stood in the list,
-    and {reason: [file, ...]} of those that could not be read."""
+    """The images of a list of files.
+
+    ``x`` is uint8 [n, 3, S, S], ``index`` holds each image's place in the list, and ``left_out``
+    is {reason: [file, ...]} for files that could not be read.
+    """
 
     x: torch.Tensor
     index: list
@@ -42,7 +45,7 @@ class Decoded(NamedTuple):
 
 
 def visible(entry):
-    """Whether a folder's entry is the user's own, and not some system's litter."""
+    """Whether a folder's entry is the user's, not a hidden or system file."""
     return not entry.name.startswith(".") and entry.name not in LITTER
 
 
@@ -53,8 +56,11 @@ def subfolders(path):
 
 
 def image_files(path):
-    """The image files below a folder, sorted; links are followed, but each folder is entered once
-    and none that holds ``path`` itself."""
+    """The image files below a folder, sorted.
+
+    Links are followed, but each folder is entered only once, and folders that contain ``path``
+    never.
+    """
     path = Path(os.path.abspath(path))
     files, todo, entered = [], deque([path]), {p.resolve() for p in path.parents}
     entered |= set(path.resolve().parents)
@@ -69,26 +75,26 @@ def image_files(path):
                 if not entry.is_dir():
                     files += [file] if is_image(file) else []
                 elif entry.is_symlink():
-                    todo.append(file)  # last: what can be reached without a link is
+                    todo.append(file)  # last, so that real paths come before links
                 else:
                     todo.appendleft(file)
     return sorted(files)
 
 
 def is_image(path):
-    """Whether a file passes for an image: by its suffix, or else by what it begins with."""
+    """Whether a file is an image, judged by its suffix, or else by its first bytes."""
     if path.suffix.lower() in SUFFIXES:
         return True
     try:
         with warnings.catch_warnings(action="ignore"), opened(path):
             return True
-    except Exception:  # whatever a decoder makes of a file that is none
+    except Exception:  # decoders raise many types on other files
         return False
 
 
 def opened(path):
-    """A regular file as a Pillow image, its pixels not read yet."""
-    if not path.is_file():  # a pipe or a device would be waited for
+    """Open a regular file as a Pillow image, without reading its pixels."""
+    if not path.is_file():  # opening a pipe or a device could block
         raise ValueError("no regular file")
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"larger than {MOST_BYTES:,} bytes")
@@ -96,8 +102,10 @@ def opened(path):
 
 
 def decode(files, size, *, side=None, limit=None):
-    """Read ``files`` in parallel, until ``limit`` images are there, as ``Decoded``. What a square
-    of an image is: see ``square``."""
+    """Read ``files`` in parallel until ``limit`` images are read. Return ``Decoded``.
+
+    Images are cropped and resized as in ``square``.
+    """
     n = len(files) if limit is None else min(limit, len(files))
     x, index, left_out = empty(n, size), [], defaultdict(list)
     todo = iter(range(len(files)))
@@ -106,7 +114,7 @@ def decode(files, size, *, side=None, limit=None):
     def work(i):
         try:
             return square(read_rgb(files[i]), size, side)
-        except Exception as error:  # on damaged bytes decoders raise nearly anything
+        except Exception as error:  # decoders raise many types on damaged bytes
             return reason(error)
 
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(THREADS) as pool, bar:
@@ -123,13 +131,13 @@ def decode(files, size, *, side=None, limit=None):
 
 
 def empty(n, size):
-    """Memory for ``n`` images uint8 [n, 3, size, size]; InputError where there is not enough."""
+    """Allocate ``n`` images uint8 [n, 3, size, size]. InputError if memory is too small."""
     check_room(n, size)
     return torch.empty(n, 3, size, size, dtype=torch.uint8)
 
 
 def check_room(n, size):
-    """InputError for more images than memory."""
+    """InputError if ``n`` images do not fit into memory."""
     need, there = 3 * n * size**2, memory()
     if 2 * need > there:  # the splits are copies
         raise InputError(f"{n:,} images of {size} x {size} take 2 x {need / 1e9:,.1f} GB, the "
@@ -138,7 +146,7 @@ def check_room(n, size):
 
 
 def memory():
-    """Bytes of memory that are free, as far as the system tells (else infinite)."""
+    """The free memory in bytes, or infinity if the system does not tell."""
     free = [math.inf]
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
@@ -149,7 +157,7 @@ def memory():
 
 
 def reason(error):
-    """Why an image was left out, in words that many files can share."""
+    """Why an image was left out, in words that do not depend on the file."""
     if isinstance(error, UnidentifiedImageError):
         return "no image of a known format"
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
@@ -160,8 +168,10 @@ def reason(error):
 
 
 def told(left_out, n_files):
-    """{reason: how many} of what was left out of ``n_files``, and one line about it ("" if none):
-    each reason with the first of its files."""
+    """({reason: number of files left out}, one line that says so, or "" if none were).
+
+    The line names the first file of each reason.
+    """
     counts = {why: len(files) for why, files in left_out.items()}
     parts = [f"{len(files)} {why} ({files[0]}{', ...' if len(files) > 1 else ''})"
              for why, files in left_out.items()]
@@ -185,14 +195,16 @@ def read(path, size, n=None):
 
 @functools.cache
 def warn(line):
-    """A line on stderr, once, of the first process."""
+    """Print a line on stderr, only once and only on rank 0."""
     if distributed.rank() == 0:
         print(line, file=sys.stderr)
 
 
 def read_rgb(path):
-    """An image file of any mode as an RGB image: the first frame, turned as its EXIF data say,
-    without its transparency. ValueError where what its pixels mean cannot be known."""
+    """Read the first frame of an image file as RGB, turned by its EXIF data, without transparency.
+
+    ValueError if the range of its pixels is unknown.
+    """
     with opened(path) as image:
         if image.mode == "F":
             raise ValueError("floating-point pixels of unknown range")
@@ -206,17 +218,17 @@ def read_rgb(path):
 
 
 def upright(image):
-    """``image`` turned as its EXIF data say; where those are damaged, as it lies."""
-    image.load()  # pixels that are damaged, on the other hand, are an error
+    """Turn ``image`` by its EXIF data, or leave it as it is if they are damaged."""
+    image.load()  # damaged pixels are an error
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # whatever Pillow makes of damaged EXIF data
+    except Exception:  # Pillow raises many types on damaged EXIF data
         return image
 
 
 def grey_of_16_bits(image):
-    """The pixels uint8 [h, w] of a 16-bit grey image, which convert() would clip at 255."""
-    if image.mode == "I" and image.format != "PPM":  # Pillow brings a PGM's to 0..65535
+    """The pixels uint8 [h, w] of a 16-bit grey image. Pillow's convert() would clip them at 255."""
+    if image.mode == "I" and image.format != "PPM":  # Pillow scales a PGM's pixels to 0..65535
         raise ValueError("32-bit or signed pixels of unknown range")
     grey, tags = np.asarray(image), getattr(image, "tag_v2", {})
     top = 4095 if tags.get(258) == (12,) else 65535  # BitsPerSample
@@ -227,7 +239,10 @@ def grey_of_16_bits(image):
 
 
 def square(image, size, side=None):
-    """The centre ``side`` x ``side`` (at most, and without it, the shorter side) of an RGB image,
-    resized to uint8 [3, size, size]; Pillow's bilinear filter antialiases."""
+    """Crop the centre square of an RGB image and resize it to uint8 [3, size, size].
+
+    The square's side is ``side``, or the image's shorter side if that is smaller or ``side`` is
+    None. Pillow's bilinear filter antialiases.
+    """
     image = TF.center_crop(image, min(side or math.inf, *image.size))
     return TF.pil_to_tensor(TF.resize(image, [size, size]))

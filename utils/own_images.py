@@ -1,11 +1,11 @@
-"""Your own data sets: ``folder:PATH``, pictures in one folder a class, and ``npz:FILE``, arrays.
+"""Your own data sets: ``folder:PATH``, a folder of pictures per class, and ``npz:FILE``, arrays.
 
-A folder is PATH/train/CLASS/* and PATH/test/CLASS/*, with the validation images in val/ or valid/
-if there is one; or PATH/CLASS/*, of which a fifth, drawn by a fixed seed, is the test split. A file
-holds x_train, y_train, x_test, y_test (and x_valid, y_valid if you like): images uint8
-[N, H, W, C], [N, C, H, W] or [N, H, W] of 1 or 3 channels, labels 0 .. K-1.
+A folder holds PATH/train/CLASS/* and PATH/test/CLASS/*, and optionally validation images in val/ or
+valid/. Or it holds PATH/CLASS/*, and a fifth of the images, drawn by a fixed seed, is the test
+split. A file holds x_train, y_train, x_test, y_test, and optionally x_valid, y_valid. Its images
+are uint8 [N, H, W, C], [N, C, H, W] or [N, H, W] with 1 or 3 channels, its labels 0 .. K-1.
 
-Images become the centre square, resized with antialiasing; grey becomes RGB.
+Images are cropped to the centre square and resized with antialiasing. Grey becomes RGB.
 """
 
 import hashlib
@@ -28,14 +28,14 @@ from utils.program import InputError
 
 KINDS = ("folder:", "npz:")
 SPLITS = ("train", "test", "val", "valid")
-TEST_SHARE, TEST_SEED = 5, 1234  # one image in five, where a folder has no test split of its own
+TEST_SHARE, TEST_SEED = 5, 1234  # one image in five, if a folder has no test split
 MOST_CLASSES = 100_000
 BROKEN = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error,
-          NotImplementedError)  # what comes of reading a file that is no whole .npz
+          NotImplementedError)  # raised by reading a damaged .npz, or another kind of file
 
 
 def is_own(name):
-    """Whether ``name`` is one of your own data sets."""
+    """Whether ``name`` is of the form ``folder:PATH`` or ``npz:FILE``."""
     return name.startswith(KINDS)
 
 
@@ -48,8 +48,11 @@ def path_of(name):
 
 
 def class_names(name):
-    """The classes of a data set, without reading its images: the folders' names, sorted as
-    torchvision sorts them, or a file's numbers. InputError where they make no data set."""
+    """The names of a data set's classes, without reading its images.
+
+    They are the folders' names, sorted as in torchvision, or a file's label numbers. InputError if
+    the path holds no data set.
+    """
     path = path_of(name)
     if name.startswith("npz:"):
         return tuple(str(k) for k in range(int(labels(path, "y_train").max()) + 1))
@@ -58,8 +61,10 @@ def class_names(name):
 
 
 def load(name, size, root):
-    """({"train", "test" and perhaps "valid": (x uint8 [n, 3, size, size], y int64 [n])}, words for
-    the records about how they came to be). What is decoded once is kept under ``root``."""
+    """({split: (x uint8 [n, 3, size, size], y int64 [n])}, notes for the records).
+
+    The splits are "train", "test" and perhaps "valid". Decoded folders are cached under ``root``.
+    """
     path, names = path_of(name), class_names(name)
     if name.startswith("npz:"):
         splits, about = load_npz(path, size), {}
@@ -80,7 +85,7 @@ def load(name, size, root):
 # Folders
 
 def split_folders(path):
-    """{split: its folder} of a data set; {"all": path} where it has no splits of its own."""
+    """{split: its folder} of a data set, or {"all": path} if it has no splits."""
     if not path.is_dir():
         raise InputError(f"folder:{path} is no folder")
     inside = subfolders(path)
@@ -106,7 +111,7 @@ def split_folders(path):
 
 
 def load_folder(path, size, root):
-    """The splits of a folder, and words about them; see ``load``."""
+    """The splits of a folder, and notes for the records. See ``load``."""
     folders, files, split_of, y = split_folders(path), [], [], []
     for split, folder in folders.items():
         for k, class_name in enumerate(subfolders(next(iter(folders.values())))):
@@ -135,9 +140,11 @@ def load_folder(path, size, root):
 
 
 def decoded_once(path, files, size, root):
-    """(x uint8 [n, 3, size, size], the places of the images in ``files``, {reason: how many} left
-    out, a line about those): from the cache under ``root`` where it is of the very same files, else
-    decoded and cached. The cache is one file, whole or not there."""
+    """Decode ``files``, or read them from the cache under ``root`` if no file has changed.
+
+    Returns (x uint8 [n, 3, size, size], the images' places in ``files``, {reason: number of files
+    left out}, a line about those). The cache is one file, written atomically.
+    """
     home = os.fsencode(os.path.abspath(path))
     stem = re.sub(r"[^\w.-]+", "_", path.resolve().name)
     cache = (Path(root) / "jempp-cache"
@@ -159,7 +166,7 @@ def decoded_once(path, files, size, root):
 
 
 def listing(path, files, size):
-    """A digest of the names, sizes and times of ``files``, and of what is made of them."""
+    """A digest of the names, sizes and times of ``files``, and of how images are made from them."""
     sha = hashlib.sha256(f"centre square, {size}\n".encode())
     for file in files:
         state = file.stat() if file.exists() else None
@@ -187,15 +194,17 @@ def read_cache(cache, key):
 # Arrays
 
 def load_npz(path, size):
-    """The splits of an .npz file; see ``load``."""
+    """The splits of an .npz file. See ``load``."""
     shapes = headers(path)
     return {split: (squares(array(path, f"x_{split}"), size), labels(path, f"y_{split}"))
             for split in ("train", "valid", "test") if f"x_{split}" in shapes}
 
 
 def headers(path):
-    """{array: (shape, dtype)} of an .npz file; InputError for what is no data set, or more than
-    the memory here."""
+    """{array: (shape, dtype)} of an .npz file.
+
+    InputError if it is no data set or does not fit into memory.
+    """
     if not path.is_file():
         raise InputError(f"npz:{path} is no file")
     readers = {(1, 0): np.lib.format.read_array_header_1_0,
@@ -216,7 +225,7 @@ def headers(path):
 
 
 def check_headers(path, found):
-    """InputError unless every split has images and as many labels, and all fit into memory."""
+    """InputError unless every split has as many labels as images, and all fit into memory."""
     need = ["x_train", "y_train", "x_test", "y_test"]
     need += ["x_valid", "y_valid"] if "x_valid" in found or "y_valid" in found else []
     if absent := [name for name in need if name not in found]:
@@ -256,7 +265,10 @@ def labels(path, name):
 
 
 def squares(x, size):
-    """The centre squares of images uint8 (see ``headers``) as RGB [N, 3, size, size]."""
+    """The centre squares of uint8 images, resized, as RGB [N, 3, size, size].
+
+    ``x`` has one of the layouts that ``check_headers`` accepts.
+    """
     x = torch.from_numpy(np.ascontiguousarray(x))
     x = x[:, None] if x.dim() == 3 else x if x.shape[1] in (1, 3) else x.permute(0, 3, 1, 2)
     x, rgb = TF.center_crop(x, min(x.shape[-2:])), image_folder.empty(len(x), size)
