@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Evaluate checkpoints: ours, and the released files of JEM, JEM++ and SADA-JEM.
+"""Evaluate our checkpoints and the released files of JEM, JEM++ and SADA-JEM.
 
     python eval_jempp.py --load_path runs/quickstart/best.pt --eval accuracy calibration ood
 
-Model, data and sampler settings come from the checkpoint; what is typed overrides them and is
-recorded. Each number becomes one JSON line in --results, raw scores and pictures lie beside it.
-Exit codes: 0 done (what could not be measured is said in a line each), 2 bad input.
+Model, data and sampler settings come from the checkpoint. Typed flags override them and are
+recorded. Each number becomes one JSON line in --results. Raw scores and pictures are written
+beside it. Exit codes: 0 done (a line reports whatever could not be measured), 2 bad input.
 """
 
 from utils import start
@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox would insist on a git binary
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # or foolbox requires a git binary
 
 from models import network_name
 from samplers import sampler_name
@@ -32,11 +32,11 @@ from utils.evaluation.subject import Output, Subject, skip
 from utils.files import checkpoint, records
 from utils.own_images import is_own
 
-DIST_TIMEOUT = 30  # minutes that a process may be busy with its share while others wait
+DIST_TIMEOUT = 30  # minutes that processes wait for one that is busy
 
 
 class Entry(NamedTuple):
-    """A checkpoint in this command: all settings in force, and what each of its records repeats."""
+    """A checkpoint of this command, all its settings, and the fields that its records share."""
 
     subject: Subject
     settings: dict
@@ -50,17 +50,17 @@ def main(argv=None):
         cli.print_json(vars(protocol) | overrides)
         return program.EXIT_OK
 
-    # what may be wrong is told before anything is measured
+    # report what is wrong before measuring anything
     device = machine.pick_device(overrides.get("device", "auto"), overrides.get("num_threads", 0))
     machine.set_precision(deterministic=overrides.get("deterministic", False))
     distributed.start(device, DIST_TIMEOUT)
     results = Path(protocol.results or Path(protocol.load_path[0]).parent / "eval/results.jsonl")
-    records.read_jsonl(results)  # a file of another kind is not appended to
+    records.read_jsonl(results)  # refuse to append to a file of another kind
     entries = open_all(protocol, overrides, device)
     if distributed.rank() == 0:
-        records.check_writable(results)  # told before anything is measured
+        records.check_writable(results)
 
-    # each evaluation of all checkpoints before the next one
+    # run each evaluation on all checkpoints before the next evaluation
     curves, measured, left_out = {}, False, False
     for name, entry in itertools.product(protocol.eval, entries):
         try:
@@ -68,11 +68,11 @@ def main(argv=None):
                 if number.metric == "robust_accuracy":
                     collect(curves, entry.subject.label, number)
             measured = True
-        except program.Unavailable as error:  # bad input, on the other hand, ends the command
+        except program.Unavailable as error:  # any other InputError ends the command
             skip(f"{name} of {entry.subject.label}", error)
             left_out = True
 
-    # one figure for the curves of all checkpoints
+    # draw the curves of all checkpoints in one figure
     draw(curves, results.parent)
     distributed.barrier()
     if left_out and not measured:
@@ -95,7 +95,7 @@ def open_all(protocol, overrides, device):
 
 
 def settings_of(opened, protocol, overrides):
-    """All settings of one checkpoint's evaluation; says what its file does not tell."""
+    """All settings for evaluating one checkpoint. Reports what its file does not tell."""
     if opened.args is None and "dataset" not in overrides:
         raise program.InputError(f"{opened.path} is a released file, which does not say what it "
                                  "was trained on: type --dataset")
@@ -107,7 +107,7 @@ def settings_of(opened, protocol, overrides):
 
 
 def about(subject, settings, overrides, env):
-    """What all records of a checkpoint repeat: where a number comes from."""
+    """The fields that all records of a checkpoint share: where a number comes from."""
     opened = subject.opened
     return {
         "checkpoint": {"path": opened.path, "sha256": opened.sha256, "step": opened.step,
@@ -119,14 +119,14 @@ def about(subject, settings, overrides, env):
 
 
 def overrides_of(opened, overrides):
-    """What was typed against the checkpoint, for the record."""
+    """The typed values that differ from the checkpoint's, for the record."""
     saved = opened.args or {}
     return {k: v for k, v in overrides.items()
             if k not in cli.MACHINE and saved.get(k) != records.jsonable(v)}
 
 
 def method_of(args):
-    """A word for the records: what kind of training a checkpoint comes from."""
+    """The kind of training that a checkpoint comes from, for the record."""
     if args is None:
         return "released file"
     if not args.get("p_x_weight") and not args.get("p_x_y_weight"):
@@ -135,7 +135,7 @@ def method_of(args):
 
 
 def training_of(opened):
-    """How the checkpoint was trained, for the record; None for a released file."""
+    """How the checkpoint was trained, for the record. None for a released file."""
     if opened.args is None:
         return None
     args = opened.args
@@ -150,7 +150,7 @@ def label_of(path):
 
 
 def unique(names):
-    """``names`` with -2, -3, ... behind those that stood there before: they name lines."""
+    """``names`` with -2, -3, ... appended to repeated ones, because they label lines."""
     seen, result = {}, []
     for name in names:
         seen[name] = seen.get(name, 0) + 1
@@ -161,7 +161,7 @@ def unique(names):
 
 
 def measure(name, entry, results):
-    """Run one evaluation of one checkpoint; gives each number once it is on record."""
+    """Run one evaluation of one checkpoint. Yields each number after recording it."""
     started, subject = time.monotonic(), entry.subject
     stem = re.sub(r"[^\w.+=-]+", "_", subject.label)
     out = Output(results.parent, f"{stem}-{subject.opened.sha256[:8]}")
@@ -172,7 +172,7 @@ def measure(name, entry, results):
 
 
 def report(number, entry, seconds, results):
-    """One number: a line on the terminal and a record appended to the results."""
+    """Print one number and append its record to the results."""
     if distributed.rank():
         return
     record = number._asdict()
@@ -194,7 +194,7 @@ def collect(curves, label, number):
 
 
 def draw(curves, folder):
-    """A figure for each norm: the curves of all checkpoints and attacks."""
+    """Draw a figure for each norm with the curves of all checkpoints and attacks."""
     for norm, lines in curves.items():
         n = max(number_n for _, _, number_n in lines.values())
         Output(folder, "robustness").figure(norm, plots.robustness_curves(

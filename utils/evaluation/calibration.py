@@ -1,8 +1,8 @@
 """Calibration of p(y|x): reliability bins, expected calibration error (Eq. 16), NLL, Brier score.
 
 Pure functions of arrays, in float64. ``confidence`` [N] is max_y p(y|x) in [0, 1], ``correct`` [N]
-is whether that y is the label. Everything is a fraction (ECE 0.024, not 2.4 %), lower is better but
-for accuracy. Bad input raises ValueError in one line.
+is whether that y is the label. Values are fractions (ECE 0.024, not 2.4 %). Lower is better, except
+for accuracy. Bad input raises a one-line ValueError.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class ReliabilityBins(NamedTuple):
-    """Bin m is (edges[m], edges[m+1]]; where count[m] is 0, its two means are NaN."""
+    """Bin m is (edges[m], edges[m+1]]. Where count[m] is 0, its two means are NaN."""
 
     edges: np.ndarray  # [n_bins + 1]
     count: np.ndarray  # [n_bins], images
@@ -22,10 +22,10 @@ class ReliabilityBins(NamedTuple):
 def reliability_bins(confidence, correct, n_bins=20):
     """The B_m of Eq. 16: ``n_bins`` bins (l, u] of equal width over [0, 1], as ReliabilityBins.
 
-    A confidence on an edge belongs to the bin below it; one of exactly 0 to the first bin.
+    A confidence on an edge belongs to the bin below it, and 0 to the first bin.
     """
     confidence, correct = check_confidence(confidence, correct, n_bins)
-    # k / n is the float nearest to each edge; adding up steps of 1 / n may land beside it.
+    # k / n is the float nearest to each edge. Adding up steps of 1 / n would not always be.
     edges = np.arange(n_bins + 1) / n_bins
     bins = np.maximum(np.searchsorted(edges, confidence, side="left") - 1, 0)
     count = np.bincount(bins, minlength=n_bins)
@@ -44,10 +44,10 @@ def expected_calibration_error(confidence, correct, n_bins=20):
 
 
 def adaptive_calibration_error(confidence, correct, n_bins=20):
-    """Eq. 16 over bins of equal mass: the sorted confidences cut into ``n_bins`` runs whose sizes
-    differ by at most 1 (with N < n_bins, N runs of one image).
+    """Eq. 16 over bins of equal mass: the sorted confidences cut into ``n_bins`` runs.
 
-    Equal confidences stay in input order, so where a cut goes through them the order matters.
+    The runs' sizes differ by at most 1. With N < n_bins there are N runs of one image. Equal
+    confidences stay in input order, so the order matters where a cut separates them.
     """
     confidence, correct = check_confidence(confidence, correct, n_bins)
     gap = (correct - confidence)[np.argsort(confidence, kind="stable")]
@@ -55,9 +55,9 @@ def adaptive_calibration_error(confidence, correct, n_bins=20):
 
 
 def nll(log_p, y):
-    """Mean over images of -log p(y|x) in nats; ``log_p`` [N, K] log-probabilities, ``y`` [N] int.
+    """Mean over images of -log p(y|x) in nats. ``log_p`` [N, K] log-probabilities, ``y`` [N] int.
 
-    Infinite where a label has probability 0.
+    Infinite if a label has probability 0.
     """
     log_p, y = np.asarray(log_p, dtype=np.float64), np.asarray(y)
     check_probabilities(np.exp(np.minimum(log_p, 1)), y, "log_p")  # minimum: logits may overflow
@@ -65,7 +65,7 @@ def nll(log_p, y):
 
 
 def brier_score(p, y):
-    """Mean over images of sum_k (p_k - [k = y])^2, in [0, 2]; ``p`` [N, K], ``y`` [N] int."""
+    """Mean over images of sum_k (p_k - [k = y])^2, in [0, 2]. ``p`` [N, K], ``y`` [N] int."""
     p, y = np.asarray(p, dtype=np.float64), np.asarray(y)
     check_probabilities(p, y, "p")
     error = p.copy()
@@ -92,7 +92,7 @@ def check_confidence(confidence, correct, n_bins):
 
 
 def check_probabilities(p, y, name):
-    """ValueError unless the rows of ``p`` [N, K] are distributions and ``y`` [N] labels of them."""
+    """ValueError unless the rows of ``p`` [N, K] are distributions and ``y`` [N] their labels."""
     if p.ndim != 2 or y.shape != p.shape[:1]:
         raise ValueError(f"{name} is [N, K] and y is [N], got shapes {p.shape} and {y.shape}")
     if not p.size:

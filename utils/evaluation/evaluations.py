@@ -1,8 +1,8 @@
-"""What eval_jempp.py can measure: one function each, from a ``Subject`` to numbers and pictures.
+"""The evaluations of eval_jempp.py: one function each, from a ``Subject`` to numbers and pictures.
 
-Every evaluation is a generator of ``Number``. It takes the settings that it needs by name, as the
-flags are called. Its raw scores and pictures go through ``out``. Those of real images stand here,
-those of generated ones in sample_evaluations.py. The metrics are pure functions in calibration.py,
+Every evaluation is a generator of ``Number``. Its keyword arguments are settings, named like their
+flags. It writes raw scores and pictures through ``out``. Evaluations on real images are here, those
+on generated images in sample_evaluations.py. The metrics are pure functions in calibration.py,
 ood.py, generation.py and robustness.py.
 """
 
@@ -22,7 +22,7 @@ from utils.program import Unavailable
 
 
 def accuracy(subject, out, *, splits, n_images, sigma):
-    """Accuracy, NLL and Brier score of each split (recipe: noise only where --sigma asks)."""
+    """Accuracy, NLL and Brier score of each split. Images get noise only if --sigma is typed."""
     for split in splits:
         if split == "valid" and not len(subject.splits["valid"].y):
             continue
@@ -39,7 +39,7 @@ def accuracy(subject, out, *, splits, n_images, sigma):
 
 
 def calibrate(subject, out, *, bins, n_images, sigma):
-    """ECE by Eq. 16 and its equal-mass variant on the test split; reliability diagram (Fig. 10)."""
+    """ECE (Eq. 16) and its equal-mass variant on the test split, reliability diagram (Fig. 10)."""
     logits, y = subject.logits("test", n_images, sigma)
     p = logits.softmax(1)
     confidence, correct = p.amax(1).numpy(), (logits.argmax(1) == y).numpy()
@@ -59,7 +59,7 @@ SCORES = {"log_p_x": "log p(x) + log Z", "max_p_y": "max p(y|x)",
 
 
 def scores_of(subject, x, names, sigma):
-    """{score name: float64 [n]} of uint8 images [n, 3, H, W]; one pass for all of them."""
+    """{score name: float64 [n]} for uint8 images [n, 3, H, W], all scores in one pass."""
     how = subject.model, x.to(subject.device), subject.batch_size, sigma, subject.seed
     values = {}
     if "grad_norm" in names:
@@ -72,8 +72,10 @@ def scores_of(subject, x, names, sigma):
 
 
 def in_and_out_scores(subject, names, out_sets, n_images, sigma):
-    """(in scores, {out set: scores}, {out set: words on its origin}); an out set that is not there
-    is said and left out. What an earlier evaluation computed is taken from there."""
+    """(in scores, {out set: scores}, {out set: notes on its origin}).
+
+    An out set that is missing is reported and skipped. Scores of earlier evaluations are reused.
+    """
     def scores(key, load):
         known = subject.kept.setdefault((key, n_images, sigma), {})
         if not known.keys() >= set(names):
@@ -102,13 +104,13 @@ def in_and_out_scores(subject, names, out_sets, n_images, sigma):
 
 
 def file_name(out_set):
-    """An out set's name for files and panels: a folder by its last part."""
+    """An out set's name for files and panels. A path is shortened to its last part."""
     kind, _, path = out_set.partition(":")
     return f"{kind}-{Path(path).name}" if path else kind
 
 
 def detect_ood(subject, out, *, ood, n_images, sigma):
-    """AUROC, AUPR and FPR at 95 % TPR of three scores against each out set (Table 7)."""
+    """AUROC, AUPR and FPR at 95 % TPR of three scores on each out set (Table 7)."""
     inside, outside, about = in_and_out_scores(subject, list(SCORES), ood, n_images, sigma)
     raw = out.npz("ood", **{f"in_{k}": v for k, v in inside.items()},
                   **{f"{file_name(o)}_{k}": v for o, vs in outside.items() for k, v in vs.items()})
@@ -126,14 +128,14 @@ def detect_ood(subject, out, *, ood, n_images, sigma):
 
 
 def histogram(subject, out, *, ood, n_images, sigma):
-    """The densities of log p(x) on the test split and on each out set (Table 8), no numbers."""
+    """Plot the densities of log p(x) on the test split and on each out set (Table 8)."""
     inside, outside, _ = in_and_out_scores(subject, ["log_p_x"], ood, n_images, sigma)
     draw_histograms(subject, out, inside, outside)
     yield from ()
 
 
 def draw_histograms(subject, out, inside, outside):
-    """{score: file} of a figure for each score."""
+    """Draw a figure for each score. Returns {score: file}."""
     return {score: out.figure(f"histogram_{score}", plots.score_histograms(
                 inside[score], {file_name(name): values[score] for name, values in outside.items()},
                 subject.dataset, SCORES[score],
@@ -142,7 +144,7 @@ def draw_histograms(subject, out, inside, outside):
 
 
 def robust(subject, out, *, attacks, eps_linf, eps_l2, attack_steps, attack_restarts, n_attack):
-    """Accuracy under white-box attacks of growing budget (Fig. 9), by two kinds of attack."""
+    """Accuracy under each of the white-box ``attacks`` at growing budgets (Fig. 9)."""
     x, y, _ = subject.images("test", n_attack or None)
     kinds = {"pgd": (robustness.pgd_accuracy,
                      {"steps": attack_steps, "rel_stepsize": 2.5 / attack_steps}),
@@ -173,6 +175,6 @@ EVALUATIONS = {"accuracy": accuracy, "calibration": calibrate, "ood": detect_ood
 
 
 def named_by(function, settings):
-    """Of ``settings``, those that the signature of ``function`` names: its keyword arguments."""
+    """The ``settings`` that are parameters of ``function``."""
     names = inspect.signature(function).parameters
     return {name: value for name, value in settings.items() if name in names}

@@ -1,9 +1,9 @@
-"""How good generated images are: Inception Score, FID, KID, and a Frechet distance of our own.
+"""Quality of generated images: Inception Score, FID, KID, and a Frechet distance of our own.
 
-FID is pytorch-fid's: its network, resizing and matrix square root, on images from memory. Tools
-differ by more than rounding on the same images: a record names the tool, the SHA-256 of the
-weights, the reference images, their number and any selection. Too few images are an Unavailable,
-non-finite values an InputError, wrong shapes a ValueError.
+FID uses pytorch-fid's network, resizing and matrix square root, on images from memory. Different
+tools give noticeably different numbers on the same images. So a record names the tool, the SHA-256
+of the weights, the reference images, their number and any selection. Too few images raise
+Unavailable, non-finite values InputError, wrong shapes ValueError.
 """
 
 import contextlib
@@ -32,26 +32,27 @@ from utils.files.torch_files import one_line
 from utils.program import InputError, Unavailable
 
 WEIGHTS_URL = pytorch_fid.inception.FID_WEIGHTS_URL
-# Of the published weights: with any other file the numbers are not FID, KID and IS.
+# The published weights. With any other file the numbers are not FID, KID and IS.
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-KEPT_FEATURES = 10_000  # reference features that a cache keeps for KID: 82 MB at 2048 dimensions
+KEPT_FEATURES = 10_000  # reference features cached for KID, 82 MB at 2048 dimensions
 
 
 def inception(weights=None, download=True):
     """(pytorch-fid's InceptionV3 in eval mode on the CPU, SHA-256 of its weights file).
 
-    The file is ``weights``, else the one in the torch hub cache, else (with ``download``) what
-    pytorch-fid would fetch. InputError, in one line, if there is none or it holds something else.
+    The file is ``weights`` if given, else the one in the torch hub cache, else (with ``download``)
+    the one that pytorch-fid downloads. Unavailable if there is none, InputError if the file holds
+    something else.
     """
     with distributed.first_goes_ahead():
         path = find_weights(weights, download and distributed.rank() == 0)
     try:
         state, sha256 = torch_files.read_hashed(path)
-        # pytorch-fid takes no weights file, but fetches its weights through this one function ...
+        # pytorch-fid does not accept a weights file. It fetches its weights with this function ...
         with mock.patch.object(pytorch_fid.inception, "load_state_dict_from_url",
                                lambda *args, **kwargs: state):
             network = pytorch_fid.inception.InceptionV3()
-        # ... and drops the last layer. The Inception Score has always left out its bias.
+        # ... and drops the last layer. The Inception Score traditionally omits that layer's bias.
         network.last = nn.Parameter(state["fc.weight"], requires_grad=False)
     except (InputError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} does not hold the Inception weights of pytorch-fid: replace it "
@@ -67,7 +68,7 @@ def find_weights(weights, download):
     why = f"no file {path}" if weights else "--no-download"
     if download and not weights:
         before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub itself would wait for ever
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub has no timeout
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(WEIGHTS_URL, str(path), hash_prefix=WEIGHTS_SHA256)
@@ -98,10 +99,11 @@ def inception_outputs(network, images, batch_size=50):
 
 
 def penultimate_features(model, images, batch_size=500):
-    """What the last layer of a JEM ``model`` gets, float64 [N, d], for uint8 images [N, 3, H, W].
+    """The input of the last layer of a JEM ``model``, float64 [N, d], for uint8 [N, 3, H, W].
 
-    In eval mode; the mode is put back. For ``fd_features``, the Frechet distance in features of a
-    classifier of ours: it compares only within the same checkpoint's features, and is not FID.
+    Runs in eval mode and restores the mode. Used for ``fd_features``, the Frechet distance in the
+    features of one of our classifiers. Values compare only for the same checkpoint's features, and
+    they are not FID.
     """
     features = nn.Sequential(model.stem, model.trunk[:-1]).train(model.training)
     images = images.to(next(model.parameters()).device)
@@ -109,7 +111,7 @@ def penultimate_features(model, images, batch_size=500):
 
 
 def statistics(features):
-    """(mean [d], covariance [d, d]) of features [n, d] in float64; Unavailable for n < 2."""
+    """(mean [d], covariance [d, d]) of features [n, d] in float64. Unavailable for n < 2."""
     if len(features) < 2:
         raise Unavailable(f"a covariance needs 2 images, there are {len(features)}")
     features = checked(features, "features")
@@ -117,16 +119,18 @@ def statistics(features):
 
 
 def rank_deficient(n, dimensions=2048):
-    """Whether a covariance of n images, of rank n - 1 at most, is singular whatever they show. The
-    Frechet distance is defined then, but biased upwards by far: the record has to say so."""
+    """Whether n images are too few for a covariance of full rank (its rank is at most n - 1).
+
+    The Frechet distance is still defined then, but strongly biased upwards. Records must say so.
+    """
     return n <= dimensions
 
 
 def frechet_distance(stats_a, stats_b):
-    """|mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)), the squared distance that FID is.
+    """FID's squared distance, |mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
 
-    Each argument starts with a mean [d] and a covariance [d, d]. Unavailable where they differ in
-    shape, or are so nearly singular that pytorch-fid finds no real square root.
+    Each argument starts with a mean [d] and a covariance [d, d]. Unavailable if their shapes differ
+    or if pytorch-fid finds no real square root because they are nearly singular.
     """
     try:
         with contextlib.redirect_stdout(sys.stderr):  # pytorch-fid prints remarks
@@ -139,8 +143,8 @@ def frechet_distance(stats_a, stats_b):
 def inception_score(probabilities, splits):
     """(mean, std) over ``splits`` consecutive parts of exp(E_x KL(p(y|x) || p(y))), in [1, K].
 
-    ``probabilities`` [N, K] have rows that sum to 1 and an order that is not by class. Unavailable
-    for fewer images than splits.
+    The rows of ``probabilities`` [N, K] sum to 1 and must not be sorted by class. Unavailable for
+    fewer images than splits.
     """
     n = len(probabilities)
     if not 1 <= splits <= n:
@@ -156,8 +160,8 @@ def inception_score(probabilities, splits):
 def kernel_inception_distance(features_a, features_b, subsets=100, subset_size=1000, seed=0):
     """(mean, std) over random subsets of the unbiased MMD^2 with kernel (x.y / d + 1)^3.
 
-    Features [n, d]; each subset is drawn without replacement, from both sets anew. The estimate is
-    unbiased at any size and so may be negative. Unavailable for fewer images than subset_size.
+    Features are [n, d]. Each subset is drawn anew from both sets, without replacement. The estimate
+    is unbiased at any size, so it may be negative. Unavailable for fewer images than subset_size.
     """
     m, n = subset_size, min(len(features_a), len(features_b))
     if not 2 <= m <= n:
@@ -174,7 +178,7 @@ def kernel_inception_distance(features_a, features_b, subsets=100, subset_size=1
 
 
 def checked(values, name):
-    """``values`` [N, d] in float64; InputError if any is NaN or infinite."""
+    """``values`` [N, d] in float64. InputError if any is NaN or infinite."""
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2:
         raise ValueError(f"{name} are [N, d], got shape {values.shape}")
@@ -187,8 +191,8 @@ def select_per_class(probability, predicted, fraction):
     """Indices, ascending, of the most confident ``fraction``, in (0, 1], of each predicted class.
 
     ``probability`` [N] is p(y|x) of the predicted class, ``predicted`` [N] that class. Of n_y
-    images round(fraction n_y) are taken, at least one; of equals the earlier. FID depends on such
-    a selection: the record has to name it.
+    images, round(fraction n_y) are taken, but at least one. Ties go to the earlier image. FID
+    depends on the selection, so records must name it.
     """
     probability, predicted = np.asarray(probability), np.asarray(predicted)
     if not 0 < fraction <= 1:
@@ -204,8 +208,10 @@ def select_per_class(probability, predicted, fraction):
 
 
 class Reference(NamedTuple):
-    """Statistics of ``n`` reference images, to pass to frechet_distance, and for KID up to
-    KEPT_FEATURES of their features, float32, evenly spaced over the set."""
+    """Statistics of ``n`` reference images for frechet_distance, and features for KID.
+
+    ``features`` are float32 [at most KEPT_FEATURES, d], evenly spaced over the set.
+    """
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -215,7 +221,7 @@ class Reference(NamedTuple):
 
 @contextlib.contextmanager
 def cache(path):
-    """The arrays of a cache file, opened as what np.savez writes: sound and uncompressed."""
+    """Open the arrays of a cache file, which must be intact and uncompressed (as by np.savez)."""
     with regular(path) as file:
         torch_files.check_zip(file, path, path.stat().st_size)
         file.seek(0)
@@ -224,9 +230,10 @@ def cache(path):
 
 
 def reference_statistics(path, compute):
-    """The ``Reference`` cached at ``path`` (.npz); else that of the features [n, d] that
-    ``compute()`` gives, which is then written there. A file that cannot be used is replaced, with
-    a line on stderr. The caller's file name has to tell reference set and network apart.
+    """The ``Reference`` cached at ``path`` (.npz), or else computed and written there.
+
+    ``compute()`` returns features [n, d]. An unusable cache is replaced, with a line on stderr. The
+    file name must identify the reference set and the network.
     """
     path = Path(path)
     try:
@@ -252,5 +259,5 @@ def reference_statistics(path, compute):
     except OSError as error:  # a shared data folder may be read-only
         print(f"{path} cannot be written and will be computed again [{one_line(error)}]",
               file=sys.stderr)
-    distributed.barrier()  # the next time, all find it or none does
+    distributed.barrier()  # so that next time all ranks find the file, or none
     return reference

@@ -11,7 +11,7 @@ from utils.seeding import generator
 def pixels(x, start, stop, sigma=0.0, seed=0):
     """Images start to stop of ``x`` uint8 [N, 3, H, W] in [-1, 1], plus noise of std ``sigma``.
 
-    Image i's noise depends on (seed, i) alone, and is not clamped.
+    Image i's noise depends on (seed, i) alone. The sum is not clamped.
     """
     part = to_pixels(x[start:stop])
     if sigma:
@@ -23,9 +23,9 @@ def pixels(x, start, stop, sigma=0.0, seed=0):
 
 @torch.no_grad()
 def predict(model, x, batch_size=500, sigma=0.0, seed=0):
-    """Logits [N, K] of uint8 images ``x`` [N, 3, H, W], in eval mode; the mode is put back.
+    """Logits [N, K] of uint8 images ``x`` [N, 3, H, W]. Runs in eval mode and restores the mode.
 
-    ``sigma`` and ``seed``: of the noise that ``pixels`` adds.
+    ``sigma`` and ``seed`` determine the noise, as in ``pixels``.
     """
     def logits(start):
         return model(pixels(x, start, start + batch_size, sigma, seed)).cpu()
@@ -39,7 +39,7 @@ def predict(model, x, batch_size=500, sigma=0.0, seed=0):
 
 
 def accuracy(model, images):
-    """Fraction of an ``Images`` split that the model classifies right; None for an empty split."""
+    """The fraction of an ``Images`` split that is classified correctly. None for an empty split."""
     if not len(images.y):
         return None
     correct = predict(model, images.x).argmax(1) == images.y

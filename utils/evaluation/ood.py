@@ -1,4 +1,4 @@
-"""Out-of-distribution detection: metrics, scores, and the sets that the scores are compared on.
+"""Out-of-distribution detection: metrics, scores, and out-of-distribution sets.
 
 A *score* is higher for in-distribution images: log p(x) = -E(x) up to log Z, max_y p(y|x), or
 -||grad_x log p(x)||. In-distribution is the positive class of every metric.
@@ -25,7 +25,7 @@ LOADED = tuple(data.SPECS)
 GENERATED = ("interp", "uniform", "constant")
 NAMES = (*LOADED, "celeba", *GENERATED, "folder:PATH", "npz:FILE")
 CELEBA_TEST = 19_962  # images of its test split
-CELEBA_CROP = 140  # pixels of the aligned 178 x 218 images: the face without most background
+CELEBA_CROP = 140  # pixels of the aligned 178 x 218 images, which removes most background
 
 
 def auroc(score_in, score_out):
@@ -34,18 +34,18 @@ def auroc(score_in, score_out):
 
 
 def aupr(score_in, score_out):
-    """Average precision, in [0, 1], in-distribution positive; at chance it is N / (N + M)."""
+    """Average precision, in [0, 1], with in-distribution positive. Chance is N / (N + M)."""
     return float(average_precision_score(*labelled(score_in, score_out)))
 
 
 def fpr_at_95_tpr(score_in, score_out):
     """Fraction of out images accepted at the highest threshold that accepts >= 95 % of the in ones.
 
-    Accepted is score >= threshold, so that scores tied with the threshold count as accepted, on
-    both sides; nothing is interpolated.
+    An image is accepted if score >= threshold. So ties with the threshold count as accepted, for in
+    and out images alike. Nothing is interpolated.
     """
     score_in, score_out = scores(score_in, "score_in"), scores(score_out, "score_out")
-    n_accepted = -(-95 * len(score_in) // 100)  # the ceiling, in integers: 0.95 is no exact float
+    n_accepted = -(-95 * len(score_in) // 100)  # the ceiling, exact because it is in integers
     threshold = np.sort(score_in)[-n_accepted]
     return float((score_out >= threshold).mean())
 
@@ -57,7 +57,7 @@ def labelled(score_in, score_out):
 
 
 def scores(values, name):
-    """A tensor or array [N] as float64; ValueError unless it is finite and not empty."""
+    """A tensor or array [N] as float64. ValueError unless it is finite and not empty."""
     values = values.detach().cpu().double() if torch.is_tensor(values) else values
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values):
@@ -73,17 +73,16 @@ def log_p_x(logits):
 
 
 def max_p_y_given_x(logits):
-    """max_y p(y|x) in [1/K, 1]: logits [N, K] to float64 [N] (float32 would tie many at 1)."""
+    """max_y p(y|x) in [1/K, 1]: logits [N, K] to float64 [N] (in float32 many would tie at 1)."""
     return logits.double().softmax(1).amax(1)
 
 
 def logits_and_gradient_norm(model, x_uint8, batch_size=500, sigma=0.0, seed=0):
-    """Logits [N, K] and the score -||grad_x log p(x)||_2, float64 [N], of images uint8
-    [N, 3, H, W], both on the CPU, by one pass forward and one back.
+    """Logits [N, K] and the score -||grad_x log p(x)||_2, float64 [N], both on the CPU.
 
-    The gradient is with respect to pixels in [-1, 1]; ``sigma`` and ``seed`` are those of
-    ``inference.pixels``. Runs in eval mode, so that an image's score does not depend on its batch;
-    the mode is put back.
+    Images are uint8 [N, 3, H, W]. The gradient is with respect to pixels in [-1, 1]. ``sigma`` and
+    ``seed`` are those of ``inference.pixels``. One forward and one backward pass run in eval mode,
+    so that an image's score does not depend on its batch. The mode is restored.
     """
     if x_uint8.dtype != torch.uint8:
         raise ValueError(f"images are uint8 here, got {x_uint8.dtype}")
@@ -107,15 +106,17 @@ def logits_and_gradient_norm(model, x_uint8, batch_size=500, sigma=0.0, seed=0):
 
 
 class OutSet(NamedTuple):
-    """Out-of-distribution images, uint8 [N, 3, size, size] on the CPU, and words for the records
-    about where they come from."""
+    """Out-of-distribution images, uint8 [N, 3, size, size] on the CPU, and notes on their origin.
+
+    The notes go into the records.
+    """
 
     x: torch.Tensor
     about: dict
 
 
 def name_and_source(text):
-    """What an out set is called, and what it is made of: ``svhn=folder:PATH`` is called svhn."""
+    """An out set's name and its source. ``svhn=folder:PATH`` is called svhn."""
     name, equals, source = text.partition("=")
     if equals and re.fullmatch(r"[\w.-]+", name) and own_images.is_own(source):
         return name, source
@@ -123,8 +124,10 @@ def name_and_source(text):
 
 
 def check_names(texts):
-    """InputError, before anything is measured, for an out set that does not exist, a folder without
-    image files, or two sets of one name (files and panels are called after it)."""
+    """InputError if an out set does not exist, has no image files, or shares its name with another.
+
+    Files and panels are named after out sets. Call this before measuring anything.
+    """
     named = [name_and_source(text) for text in texts]
     short = [Path(name).name if own_images.is_own(name) else name for name, _ in named]
     if len(set(short)) < len(short):
@@ -156,9 +159,9 @@ def out_set(text, size, *, in_x, root, seed, download=False, n=None):
     npz:FILE     its test split, likewise
     NAME=folder:PATH or NAME=npz:FILE  the same under another name
 
-    ``n`` limits the set to its first images, and no more are read. Without it, generated sets have
-    as many as ``in_x`` (uint8 [N, 3, H, W]). Generated image i depends on (seed, i) alone.
-    InputError, in one line, for an unknown name or missing files.
+    Only the first ``n`` images are read. Without ``n``, generated sets have as many images as
+    ``in_x`` (uint8 [N, 3, H, W]). Generated image i depends on (seed, i) alone. A one-line
+    InputError for an unknown name or missing files.
     """
     if n is not None and n < 1:
         raise InputError(f"{n} out-of-distribution images are none: ask for 1 or more")
@@ -184,7 +187,7 @@ def out_set(text, size, *, in_x, root, seed, download=False, n=None):
 
 
 def generated(name, size, n, in_x, seed):
-    """``n`` images of interp, uniform or constant, each from its own random stream."""
+    """``n`` images of interp, uniform or constant. Each has its own random stream."""
     if name == "interp" and len(in_x) < 2:
         raise InputError(f"interp needs 2 or more test images to mix, got {len(in_x)}")
     images = []
@@ -203,8 +206,11 @@ def generated(name, size, n, in_x, seed):
 
 
 def celeba(root, size, n):
-    """The first ``n`` CelebA test images; never downloaded (quotas), so the files must be there, as
-    its authors give them or as Kaggle does."""
+    """The first ``n`` CelebA test images. Unavailable if any file is missing or damaged.
+
+    They are never downloaded, because of quotas. The files may be laid out as by CelebA's authors
+    or as on Kaggle.
+    """
     home = Path(os.path.abspath(root), "celeba")
     pictures, nested = home / "img_align_celeba", home / "img_align_celeba" / "img_align_celeba"
     try:
@@ -215,13 +221,13 @@ def celeba(root, size, n):
         raise no_celeba(home, f"missing: {pictures.name}/")
     files = [(nested if nested.is_dir() else pictures) / name for name in names]
     x, _, left_out = image_folder.decode(files, size, side=CELEBA_CROP)
-    for why, (file, *_) in left_out.items():  # the paper's numbers are of all
+    for why, (file, *_) in left_out.items():  # the paper's numbers use all images
         raise no_celeba(home, f"{file.name} is {why if file.exists() else 'missing'}")
     return x
 
 
 def celeba_test_names(home):
-    """The test images' file names, in order, by the partition list (a .csv has a header)."""
+    """The test images' file names, in the order of the partition list (a .csv has a header)."""
     lists = [home / f"list_eval_partition.{kind}" for kind in ("txt", "csv")]
     found = next((file for file in lists if file.is_file()), None)
     if found is None:
@@ -234,7 +240,7 @@ def celeba_test_names(home):
 
 
 def no_celeba(home, why):
-    """The error that says what belongs where."""
+    """The error that tells where to put CelebA's files."""
     return Unavailable(f"celeba is not (whole) under {home} and is never downloaded: put the "
                        "unpacked folder img_align_celeba/ and list_eval_partition.txt (or Kaggle's "
                        f".csv) there, in the folder celeba/ of --data_root [{why}]")

@@ -1,8 +1,8 @@
 """Robust accuracy under white-box attacks in an L-inf or L2 ball (Fig. 9).
 
-Budgets ``eps`` are typed as on the paper's axes: L-inf in 1/255 of [0, 1] images, L2 as a norm of
-[0, 1] images. Inside, images are [-1, 1] and the budget there is called ``radius``.
-``pgd_accuracy`` is the usual attack; the others tell robustness from vanishing gradients.
+Budgets ``eps`` have the units of the paper's axes: L-inf in 1/255 of [0, 1] images, L2 as a norm of
+[0, 1] images. Internally images are in [-1, 1], and the budget in that range is called ``radius``.
+``pgd_accuracy`` is the usual attack. The others distinguish robustness from vanishing gradients.
 """
 
 import math
@@ -22,12 +22,15 @@ from utils.program import InputError, Unavailable
 from utils.seeding import generator
 
 AUTOATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")  # its standard version, in its order
-CLEAR = 1e-3  # a margin, in logits, by which an image is broken beyond doubt of rounding
+CLEAR = 1e-3  # a margin, in logits, larger than rounding errors
 
 
 class Robustness(NamedTuple):
-    """Rows are the budgets ``eps`` [E] as typed. ``robust`` bool [E, N]: right at this and
-    every smaller budget, 0 included; ``accuracy`` float64 [E]: its mean; ``correct`` [N]: at 0."""
+    """Robustness of N images at the budgets ``eps`` [E] as typed.
+
+    ``robust`` bool [E, N]: classified correctly at this and every smaller budget, including 0.
+    ``accuracy`` float64 [E]: its mean over images. ``correct`` bool [N]: correct at budget 0.
+    """
 
     eps: list
     accuracy: torch.Tensor
@@ -36,7 +39,7 @@ class Robustness(NamedTuple):
 
 
 def ball_radius(eps, norm):
-    """Budget as typed to radius among [-1, 1] images, twice as wide as [0, 1]: 8 -> 16/255."""
+    """The radius in [-1, 1] images of a budget as typed. The range is twice [0, 1]: 8 -> 16/255."""
     return 2 * eps / 255 if norm == "linf" else 2 * eps
 
 
@@ -46,7 +49,7 @@ def lengths(delta, norm):
 
 
 def steepest(slope, norm):
-    """The direction of unit length in ``norm`` that a linear function rises along fastest."""
+    """The direction of unit length in ``norm`` along which a linear function rises fastest."""
     return slope.sign() if norm == "linf" else slope / (lengths(slope, norm) + 1e-30)
 
 
@@ -58,10 +61,10 @@ def project(delta, radius, norm):
 
 
 def adversarial_batch(model, x, y, radius, norm, *, steps, generator):
-    """Training images for PGD adversarial training (Madry et al., 2018; the top lines of Fig. 9).
+    """Images for PGD adversarial training (Madry et al., 2018, the top lines of Fig. 9).
 
-    ``steps`` of projected ascent of the cross-entropy, 2.5 / steps radii each, from a random start
-    in the ball around x [B, C, H, W] in [-1, 1]. The caller sets the network's mode.
+    Projected ascent of the cross-entropy in ``steps`` steps of 2.5 / steps radii, from a random
+    start in the ball around x [B, C, H, W] in [-1, 1]. The caller sets the network's mode.
     """
     delta = radius * (2 * torch.rand(x.shape, device=x.device, generator=generator) - 1)
     delta = project(delta, radius, norm)
@@ -76,8 +79,11 @@ def adversarial_batch(model, x, y, radius, norm, *, steps, generator):
 
 
 def random_starts(x, norm, seed, indices, restart=0):
-    """Perturbations like ``x`` [B, C, H, W], uniform in the unit cube or on the unit sphere; image
-    i's depends on (seed, i, restart) alone: not on batch, device or which images are attacked."""
+    """Perturbations shaped like ``x`` [B, C, H, W], uniform in [-1, 1] or on the unit sphere.
+
+    That of image i depends on (seed, i, restart) alone, not on the batch, the device or which
+    images are attacked.
+    """
     draw = torch.rand if norm == "linf" else torch.randn
     z = torch.stack([draw(x.shape[1:], generator=generator("cpu", "attack", seed, i, restart))
                      for i in indices.tolist()])
@@ -86,18 +92,18 @@ def random_starts(x, norm, seed, indices, restart=0):
 
 def foolbox_pgd(model, x, y, radius, norm, *, steps, rel_stepsize, start=None):
     """foolbox's PGD: the last of ``steps`` iterates [B, C, H, W], from x + radius * ``start``."""
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # foolbox would insist on a git binary
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # or foolbox requires a git binary
     import eagerpy
     import foolbox
     kind = foolbox.attacks.LinfPGD if norm == "linf" else foolbox.attacks.L2PGD
     attack = kind(rel_stepsize=rel_stepsize, steps=steps, random_start=start is not None)
-    # its own start would come from torch's global stream, a whole batch at a time
+    # foolbox's own start would use torch's global random stream for a whole batch
     attack.get_random_start = lambda x_0, epsilon: x_0 + epsilon * eagerpy.astensor(start)
     return attack(foolbox.PyTorchModel(model, (-1, 1), x.device), x, y, epsilons=radius)[1]
 
 
 def margin(logits, y, target=None):
-    """max_{j != y} z_j - z_y [B], positive where the image is broken; or z_target - z_y."""
+    """max_{j != y} z_j - z_y [B], or z_target - z_y. The first is positive for a broken image."""
     rival = (logits.scatter(1, y[:, None], -math.inf).amax(1) if target is None
              else logits.gather(1, target[:, None]).squeeze(1))
     return rival - logits.gather(1, y[:, None]).squeeze(1)
@@ -106,10 +112,10 @@ def margin(logits, y, target=None):
 def margin_pgd(model, x, y, radius, norm, *, steps, starts):
     """Projected ascent of the logit margin from each of ``starts`` in turn: images [B, C, H, W].
 
-    A margin has a gradient where the cross-entropy of a confident network has none. The first turn
-    follows the largest other logit, turn r the clean image's r-th largest: the nearest boundary
-    may be another class's. Steps fall from 2 radius to 0 as a cosine. The best iterate is kept,
-    and an image whose margin is CLEAR is left alone.
+    A margin has a gradient where the cross-entropy of a confident network has none. The first start
+    follows the largest other logit. Later start r follows the clean image's r-th largest other
+    logit, because the nearest boundary may belong to another class. The step size falls from
+    2 radius to 0 as a cosine. The best iterate is kept. Images whose margin exceeds CLEAR stop.
     """
     z = model(x)
     best, x_adv = margin(z, y), x.clone()
@@ -131,7 +137,7 @@ def margin_pgd(model, x, y, radius, norm, *, steps, starts):
             delta = project(x_t + size * steepest(slope, norm) - x_0, radius, norm)
             x_t = (x_0 + delta).clamp(-1, 1)
             going = best[todo] <= CLEAR
-            if not going.all():  # what is broken stays so: only the others go on
+            if not going.all():  # broken images are done, the others continue
                 todo, x_0, y_0, x_t = todo[going], x_0[going], y_0[going], x_t[going]
                 target = None if target is None else target[going]
             if not len(todo):
@@ -140,13 +146,13 @@ def margin_pgd(model, x, y, radius, norm, *, steps, starts):
 
 
 def finite(values):
-    """InputError for NaN or infinity: attacks get nowhere there, and the network looks robust."""
+    """InputError for NaN or infinity. Attacks fail there, so the network would look robust."""
     if not torch.isfinite(values).all():
         raise InputError("the network's logits or gradients are not finite: broken weights")
 
 
 def watch(module, inputs, logits):
-    """A forward hook: logits are ``finite`` and, in the backward pass, gradients of images too."""
+    """A forward hook that checks logits, and in the backward pass the images' gradients."""
     finite(logits)
     if inputs[0].requires_grad:
         inputs[0].register_hook(finite)
@@ -154,7 +160,7 @@ def watch(module, inputs, logits):
 
 @contextmanager
 def under_attack(model):
-    """Inside: eval mode, constant parameters, finite values. After: all modules as they were."""
+    """Set eval mode, freeze parameters and check for finite values. Restore the modes after."""
     hook = model.register_forward_hook(watch)
     modes = [(m, m.training) for m in model.modules()]
     try:
@@ -168,8 +174,10 @@ def under_attack(model):
 
 
 def robust_accuracy(model, x, y, eps, norm, attack, *, batch_size=100):
-    """``Robustness`` of images ``x`` uint8 [N, 3, H, W], labels ``y`` [N], at budgets ``eps`` under
-    ``attack(x, y, radius, indices) -> x_adv``; InputError for input that makes no sense."""
+    """``Robustness`` of images ``x`` uint8 [N, 3, H, W] with labels ``y`` [N] at budgets ``eps``.
+
+    The attack is ``attack(x, y, radius, indices) -> x_adv``. InputError for invalid input.
+    """
     if norm not in ("linf", "l2") or not len(eps) or not all(0 <= e < math.inf for e in eps):
         raise InputError(f"an attack's norm is linf or l2, its budgets are >= 0: {norm!r}, {eps}")
     if not len(x) or len(x) != len(y) or x.dtype != torch.uint8 or batch_size < 1:
@@ -198,8 +206,11 @@ def robust_accuracy(model, x, y, eps, norm, attack, *, batch_size=100):
 
 def pgd_accuracy(model, x, y, eps, norm, *, steps=40, rel_stepsize=None, random_start=True, seed=0,
                  **options):
-    """``robust_accuracy`` under ``foolbox_pgd``; a step is ``rel_stepsize`` radii, by default
-    2.5 / steps: foolbox's own (1/30, L2 1/40) cannot cross the ball in 40 from a random start."""
+    """``robust_accuracy`` under ``foolbox_pgd``. A step is ``rel_stepsize`` radii.
+
+    The default is 2.5 / steps. With foolbox's defaults (1/30, L2 1/40), 40 steps from a random
+    start cannot cross the ball.
+    """
     if steps < 1:
         raise InputError(f"PGD takes one step or more, not {steps}")
 
@@ -222,8 +233,11 @@ def margin_pgd_accuracy(model, x, y, eps, norm, *, steps=40, restarts=10, seed=0
 
 
 def autoattack_accuracy(model, x, y, eps, norm, *, attacks=AUTOATTACKS, seed=0, **options):
-    """``robust_accuracy`` under AutoAttack (Croce & Hein, 2020), its standard version or some of
-    its ``attacks``. It is seeded once a batch, so that numbers may depend on ``batch_size``."""
+    """``robust_accuracy`` under AutoAttack (Croce & Hein, 2020), with all or some of its attacks.
+
+    The default is its standard version. AutoAttack is seeded once per batch, so numbers may depend
+    on ``batch_size``. Unavailable if it is not installed.
+    """
     try:
         from pyautoattack import AutoAttack
     except ImportError:

@@ -1,7 +1,7 @@
-"""What eval_jempp.py can measure of generated images, and the pictures of them.
+"""Evaluations of generated images, and pictures of them.
 
-Each evaluation is one of those of evaluations.py. Images are the replay buffer's or fresh chains,
-as ``Subject.generated`` has them.
+They are listed in evaluations.py. ``Subject.generated`` takes images from the replay buffer or
+draws fresh chains.
 """
 
 import functools
@@ -23,7 +23,7 @@ from utils.seeding import seed_step
 
 
 def selected(subject, x, protocol, top):
-    """The images of --top confidence per predicted class, and the protocol with it."""
+    """The most confident --top of the images per predicted class, and the protocol that says so."""
     if top == 1:
         return x, {**protocol, "selection": "all"}
     p = predict(subject.model, x.to(subject.device), subject.batch_size).double().softmax(1).cpu()
@@ -33,8 +33,8 @@ def selected(subject, x, protocol, top):
 
 def fid(subject, out, *, features, inception_weights, top, reference, is_splits, kid_subsets,
         kid_subset_size):
-    """IS, FID and KID with pytorch-fid's Inception; fd_features in --features' network."""
-    # whatever is missing is told before hours are spent on chains
+    """IS, FID and KID with pytorch-fid's Inception, fd_features with the network of --features."""
+    # report whatever is missing before spending hours on chains
     subject.n_generated()
     judge = open_any(features) if features else None
     inception = None
@@ -58,7 +58,7 @@ def fid(subject, out, *, features, inception_weights, top, reference, is_splits,
 
 
 def each_on_its_own(metrics):
-    """The numbers of {name: generator}; one that cannot be had is said and left out."""
+    """The numbers of {name: generator}. An unavailable one is reported and skipped."""
     had = False
     for name, numbers in metrics.items():
         try:
@@ -71,8 +71,11 @@ def each_on_its_own(metrics):
 
 
 def reference_statistics(subject, reference, network, features_of):
-    """Statistics of the real images of --reference, whatever --n_train, in the features
-    [n, d] = ``features_of(images)`` of the ``network`` of this SHA-256; kept beside the data."""
+    """Statistics of all real images of --reference, cached beside the data.
+
+    ``features_of(images)`` returns features [n, d]. ``network`` is the SHA-256 of its weights.
+    --n_train has no effect here.
+    """
     @functools.cache
     def images():
         return torch.cat([load(subject.dataset, subject.data_root, train=part == "train",
@@ -88,7 +91,7 @@ def reference_statistics(subject, reference, network, features_of):
 
 
 def inception_metrics(subject, x, protocol, network, sha256, is_splits, subsets, subset_size):
-    """{name: generator of numbers} of what Inception judges images ``x`` by."""
+    """{name: generator of numbers} for images ``x``, computed with Inception."""
     n, network = len(x), network.to(subject.device)
     protocol = {**protocol, "tool": "pytorch-fid", "inception_sha256": sha256,
                 "published_weights": sha256 == generation.WEIGHTS_SHA256,
@@ -152,8 +155,7 @@ def by_class(subject, x):
 
 
 def samples(subject, out):
-    """Grids of samples, unconditional and per class (Figs 3, 4, 12), the way of a chain, and the
-    class centres and draws of p_0 (Figs 2, 7, 8). Pictures only."""
+    """Grids of samples (Figs 3, 4, 12), chains over time, and p_0 (Figs 2, 7, 8). Pictures only."""
     if subject.opened.buffer is not None:
         draw_buffer(subject, out)
     try:
@@ -178,7 +180,7 @@ def draw_buffer(subject, out):
 
 
 def draw_p0(subject, out):
-    """The centre of each class and nine draws of its Gaussian."""
+    """The centre of each class and nine draws from its Gaussian."""
     names, centres = class_names(subject), subject.p0.means()
     y = torch.arange(len(names)).repeat_interleave(9)
     streams = seed_step(subject.seed, 0, "p0", subject.device)
@@ -189,7 +191,7 @@ def draw_p0(subject, out):
 
 
 def draw_chains(subject, out):
-    """Fresh chains, unconditional and per class: where they end, and ten on their way there."""
+    """Fresh chains, unconditional and per class: their last images, and ten chains over time."""
     words, names = f"{subject.sampler} from scratch", class_names(subject)
     free = subject.chains(subject.chain_batch, snapshots=10)
     rows = free[-1][:100].split(10)
@@ -207,7 +209,7 @@ def draw_chains(subject, out):
 
 
 def best_worst(subject, out):
-    """Per predicted class, the images of highest and lowest log p(x) and p(y|x) (Figs 13-22)."""
+    """Per predicted class, the images with highest and lowest log p(x) and p(y|x) (Figs 13-22)."""
     x, names = to_pixels(subject.generated()[0]), class_names(subject)
     predicted, log_p_y, log_p_x = by_class(subject, x)
     for name, words, score in (("p_x", "p(x)", log_p_x), ("p_y", "p(y|x)", log_p_y)):

@@ -1,4 +1,4 @@
-"""A checkpoint under evaluation: its network, settings, data and chains, and what comes out."""
+"""A checkpoint under evaluation: its network, settings, data and chains, and the output files."""
 
 import copy
 import functools
@@ -23,9 +23,9 @@ from utils.seeding import generator, seed_step
 
 
 class Output(NamedTuple):
-    """Where raw scores and pictures go: beside the results file, named after label and checkpoint.
+    """Writes raw scores and pictures beside the results file, named after label and checkpoint.
 
-    Both methods return the name of the file, for the record.
+    Both methods return the file's name, for the record.
     """
 
     folder: Path
@@ -33,7 +33,7 @@ class Output(NamedTuple):
 
     def npz(self, name, **arrays):
         name = f"{self.stem}_{name}.npz"
-        if distributed.rank() == 0:  # the first process writes
+        if distributed.rank() == 0:
             with replacing(self.folder / name) as file:
                 np.savez_compressed(file, **arrays)
         return name
@@ -46,8 +46,11 @@ class Output(NamedTuple):
 
 
 class Number(NamedTuple):
-    """One measured value; ``protocol`` says all that its meaning depends on, ``files`` hold what it
-    was computed from or show it."""
+    """One measured value.
+
+    ``protocol`` holds everything that its meaning depends on. ``files`` hold its raw data or show
+    it.
+    """
 
     metric: str
     value: float
@@ -58,14 +61,14 @@ class Number(NamedTuple):
 
 
 def skip(what, error):
-    """Say in one line what is left out; the other evaluations go on."""
+    """Print one line that ``what`` is left out. The other evaluations continue."""
     if distributed.rank() == 0:
         print(f"left out: {what}: {error}", file=sys.stderr)
 
 
 @dataclass
 class Subject:
-    """A checkpoint under evaluation: its file, the settings in force, its data when asked for.
+    """A checkpoint under evaluation, with its settings. Its data are loaded on first use.
 
     The settings are the flags of the same names (utils/flags.py).
     """
@@ -73,7 +76,7 @@ class Subject:
     opened: Opened
     label: str
     device: torch.device
-    # the data that it is judged on
+    # the data
     dataset: str
     data_root: str
     image_size: int
@@ -82,10 +85,10 @@ class Subject:
     labels_per_class: int
     class_names: list
     download: bool
-    # how passes are run
+    # passes
     batch_size: int
     seed: int
-    # which images it is judged by, and where fresh chains start
+    # generated images and fresh chains
     source: str
     n_samples: int | None
     init: str
@@ -103,7 +106,7 @@ class Subject:
     literal_pyld: bool
 
     model: torch.nn.Module = field(init=False)
-    kept: dict = field(init=False, default_factory=dict)  # what evaluations need more than once
+    kept: dict = field(init=False, default_factory=dict)  # results that evaluations share
 
     def __post_init__(self):
         self.model = self.opened.model.to(self.device).eval()
@@ -121,11 +124,11 @@ class Subject:
                         strict=True))
 
     def images(self, split="test", limit=None):
-        """The first ``limit`` images of a split, or all where it has fewer (or for None)."""
+        """The first ``limit`` images of a split, or all if it has fewer or ``limit`` is None."""
         return self.splits[split].take(slice(limit))
 
     def logits(self, split="test", limit=None, sigma=0.0):
-        """Logits float64 [n, K] on the CPU, and labels; computed once."""
+        """(logits float64 [n, K], labels [n]) on the CPU, computed once."""
         key = "logits", split, limit, sigma
         if key not in self.kept:
             images = self.images(split, limit)
@@ -136,14 +139,14 @@ class Subject:
         return self.kept[key]
 
     def finite(self, values):
-        """``values`` of the network, InputError where one is NaN or infinite."""
+        """Return ``values``, outputs of the network. InputError if one is NaN or infinite."""
         if not torch.isfinite(values).all():
             raise InputError(f"{self.label}: what the network computes is not finite")
         return values
 
     @functools.cached_property
     def p0(self):
-        """Where fresh chains start, from the (labelled) training images as in training."""
+        """The distribution p_0 where fresh chains start, fitted as in training."""
         n_classes = self.model.config["n_classes"]
         train = labelled(self.splits["train"], self.labels_per_class, n_classes)
         try:
@@ -152,7 +155,7 @@ class Subject:
             raise InputError(f"{error}: raise --n_train") from error
 
     def buffer(self):
-        """The replay buffer [n, 3, H, W] in [-1, 1]; Unavailable where the file has none."""
+        """The replay buffer [n, 3, H, W] in [-1, 1]. Unavailable if the file has none."""
         buffer = self.opened.buffer
         if buffer is None:
             raise Unavailable(f"{self.label} holds no replay buffer: sample afresh with "
@@ -162,7 +165,7 @@ class Subject:
         return buffer.float()
 
     def sampler_flags(self, n_steps):
-        """What ``make_sampler`` and ``sampler_name`` take."""
+        """The settings as a namespace for ``make_sampler`` and ``sampler_name``."""
         return SimpleNamespace(**vars(self) | {"n_steps": n_steps})
 
     @property
@@ -173,9 +176,9 @@ class Subject:
     def chains(self, n, y=None, snapshots=1):
         """Fresh chains: a list of x [n, 3, H, W] (CPU) at 0, 1/s, ..., 1 of --chain_steps.
 
-        The training sampler, --n_steps swapped for --chain_steps, in the training mode of batch
-        norm: a chain's batch decides its statistics, so the batch size is part of the protocol.
-        Batch b depends on (seed, b). The evaluated network's running statistics stay untouched.
+        The sampler is that of training with --chain_steps steps. --sample_mode sets the mode of
+        batch norm. In training mode the statistics depend on the batch, so the batch size is part
+        of the protocol. Batch b depends on (seed, b). The evaluated network stays unchanged.
         """
         model = copy.deepcopy(self.model).train(self.sample_mode == "train")
         each = [len(p) for p in torch.arange(self.chain_steps).tensor_split(snapshots)]
@@ -203,7 +206,7 @@ class Subject:
         return stations
 
     def n_generated(self):
-        """How many images --source and --n_samples ask for."""
+        """The number of images that --source and --n_samples ask for."""
         if self.source != "buffer":
             return self.n_samples or 1000
         n = len(self.buffer())
@@ -212,11 +215,14 @@ class Subject:
         return self.n_samples or n
 
     def generated(self):
-        """Images to judge, uint8 [n, 3, H, W] on the CPU, and the protocol words of their origin:
-        --source buffer (all of it, or --n_samples at random) or scratch (drawn once)."""
+        """(images uint8 [n, 3, H, W] on the CPU, the protocol of their origin).
+
+        --source buffer: all of the buffer, or --n_samples at random. --source scratch: fresh
+        chains, drawn once.
+        """
         n = self.n_generated()
         if self.source == "buffer":
-            # a buffer may lie in blocks by class, which the Inception Score's splits must not
+            # a buffer may be sorted by class, but the Inception Score's splits must not be
             x = self.buffer()
             order = torch.randperm(len(x), generator=generator("cpu", self.seed, "buffer order"))
             return plots.to_uint8(x[order[:n]]), {"source": "buffer"}
