@@ -35,6 +35,7 @@ TITLES = {
     "table6": "Table 6. Hyper-parameters for CIFAR-10",
     "table7": "Table 7. AUROC of out-of-distribution detection, trained on CIFAR-10",
     "ece": "Calibration (Section C.2). Expected calibration error (%), 20 bins",
+    "sada_jem": "SADA-JEM on CIFAR-10, beside its own paper (CVPR 2023)",
 }
 MODELS = "Models to load (results/models)"
 DIGITS = "The rows of Tables 2 and 5 on digits, three seeds"

@@ -8,7 +8,9 @@ import torch
 from helpers import TINY, loss_of, tiny
 
 import train_jempp
+from models import JEM
 from samplers import make_sampler
+from scripts.tables.protocol import ROWS
 from utils import cli
 from utils.data import SPECS, Images, TrainData, load_splits
 from utils.training.build import build
@@ -148,3 +150,23 @@ def test_an_adaptive_step_goes_up_by_the_weights_own_size():
     train_jempp.train_step(args, setup, make_sampler(args))
     for p, expected in zip(state.model.parameters(), gradients(plain), strict=True):
         assert torch.allclose(p.grad, expected, atol=1e-5, rtol=1e-3)
+
+
+# -- SADA-JEM -------------------------------------------------------------------------------------
+def test_sada_jem_is_the_released_command():
+    args = vars(cli.train_args(ROWS["SADA-JEM (K=5)"].split()))
+    defaults = vars(cli.train_args([]))
+    assert {k: v for k, v in args.items() if v != defaults[k]} == {
+        "n_valid": 0, "sigma": 0, "clean_p_x": True, "sam": 2, "sam_adaptive": True,
+        "labelled_batch": 128, "in_steps": 0, "sgld_lr": 1, "n_steps": 5, "weight_decay": 5e-4,
+        "n_epochs": 200, "decay_epochs": [60, 120, 180]}
+
+
+def test_its_five_steps_of_one_are_pyld_5_5_at_a_fifth():
+    torch.manual_seed(0)
+    model = JEM.build(depth=10, width=1).double().eval()
+    x_0 = torch.rand(4, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    ends = [make_sampler(cli.train_args([*words, "--n_steps", "5"]))(model, x_0.clone())
+            for words in (["--in_steps", "0", "--sgld_lr", "1"],
+                          ["--in_steps", "5", "--pyld_lr", "0.2"])]
+    assert torch.allclose(*ends, atol=1e-9) and not torch.equal(ends[0], x_0)

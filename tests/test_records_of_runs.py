@@ -114,7 +114,8 @@ def trained_rows(commands):
 
 
 @pytest.mark.parametrize(("name", "n_rows"), [("table2", 6), ("table3", 8), ("table5", 6),
-                                              ("table7", 6), ("fig10_11", 8)])
+                                              ("table7", 6), ("fig10_11", 8),
+                                              ("sada_jem", 1)])
 def test_each_row_of_a_table_script_is_the_papers_run(script, name, n_rows):
     code, err, commands = script(name)
     rows = trained_rows(commands)

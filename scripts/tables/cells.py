@@ -118,7 +118,7 @@ def shortfalls(number, record, full_scale):
     if record["metric"] != "diverged":
         found |= record["protocol"] | {"n": record["n"]}
     about = {"row": number["row"], "dataset": number["dataset"], "out": number.get("out"),
-             "of": number["column"]}
+             "of": number["column"], "selection": number.get("selection")}
     for line in full_scale:
         have, wanted = found.get(line["column"]), line["value"]
         applies = all(value in line.get(key, [value]) for key, value in about.items())

@@ -11,12 +11,15 @@ from models import network_name
 from utils import cli, flags, program
 from utils.files.records import GUARD, training_of
 
-JEM = (Path(__file__).parent.parent / "jem.flags").read_text(encoding="utf-8").strip()
+SCRIPTS = Path(__file__).parent.parent
+JEM, SADA_JEM = ((SCRIPTS / f"{name}.flags").read_text(encoding="utf-8").strip()
+                 for name in ("jem", "sada_jem"))
 ROWS = {
     **{f"JEM++ (M={m})": f"--n_steps {m}" for m in (5, 10, 20)},
     **dict.fromkeys(("WRN w/ BN", "Softmax (w/ BN)", "WideResNet", "Standard Softmax"),
                     "--p_x_weight 0"),
     "JEM (K=20)": JEM,
+    "SADA-JEM (K=5)": f"{SADA_JEM} --labelled_batch 128",
     "IGEBM": f"{JEM} --p_x_weight 0 --p_y_given_x_weight 0 --p_x_y_weight 1",
     "JEM++": "",
     "w/o Proximity": "--eps inf",
