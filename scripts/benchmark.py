@@ -3,13 +3,13 @@
 
     python scripts/benchmark.py --dataset digits --depth 10 --width 1 --repeats 5 --json
     python scripts/benchmark.py --networks 28-10 28-2 --M 5 10 20 --N 5 10 20 --jem --fast
-    python scripts/benchmark.py --check        # the same numbers, step by step, instead of times
+    python scripts/benchmark.py --check        # compare the two step by step, without timing
 
-Takes the flags of train_jempp.py besides its own. Prints medians over the rounds, in each of which
-every configuration of a network has its turn; their ratio; the arithmetic rate from counted
-operations; and as its ceiling the rate of a matrix product in the precision in use, measured in
-between. On a CPU our turns have the memory settings of utils/machine.py and the literal ones what
-glibc's own rules come to, as the released code has.
+Accepts the flags of train_jempp.py. In each round, every configuration of a network has one turn.
+Prints the medians over the rounds, their ratio, and the arithmetic rate from counted operations.
+The ceiling is the rate of a matrix product in the same precision, measured between the turns. On a
+CPU our turns use the memory settings of utils/machine.py. The literal turns use glibc's own, like
+the released code.
 """
 
 import argparse
@@ -51,17 +51,18 @@ from utils.training.build import (
 
 SWITCHES = ("compile", "amp", "tf32", "cudnn_benchmark", "channels_last")
 JEM_FLAGS = Path(__file__).with_name("jem.flags").read_text(encoding="utf-8").split()
-# Flags that have to stay: operations are counted for the first, the literal side is the second.
+# Flags that must keep these values: operations are counted for the first set, and the literal side
+# implements the second.
 COUNTED = {"p_x_weight": 1.0, "p_y_given_x_weight": 1.0, "p_x_y_weight": 0.0, "accumulate": 1,
            "adversarial": "none", "sam": 0.0}
 LITERAL = {"optimizer": "sgd", "nesterov": False, "label_smoothing": 0.0, "ema": 0.0,
            "init": "informative", "sample_mode": "train", "sgld_lr": 0.0, "sgld_std": 0.0,
            "step_decay": 1.0, "pixel_clamp": True, "class_cond_p_x_sample": False}
-TURN = {"cpu": 1, "cuda": 3}  # iterations: on a GPU the host runs ahead of the device
+TURN = {"cpu": 1, "cuda": 3}  # iterations; on a GPU the host runs ahead of the device
 
 
 def milliseconds(work, device, n=1):
-    """Wall time of one of ``n`` calls of ``work``, the device's queue included."""
+    """Mean wall time of ``n`` calls of ``work``, including the device's queue."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -72,9 +73,11 @@ def milliseconds(work, device, n=1):
 
 
 def warm_up(build, iteration, device):
-    """A side by ``build()``, and facts from before the timing: seconds of its first ``iteration``
-    (compilation, choice of algorithms) and the GiB of GPU memory that the side takes at the peak of
-    a later one; ``reserved`` also has what only the allocator sees, as the memory of CUDA graphs.
+    """(the side made by ``build()``, facts measured before the timing).
+
+    ``first_step_s`` includes compilation and the choice of algorithms. ``peak_gib`` is the side's
+    peak GPU memory in a later iteration. ``reserved_gib`` also counts memory that only the
+    allocator sees, such as that of CUDA graphs. Both are None on a CPU.
     """
     on_gpu = device.type == "cuda"
     before = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) if on_gpu else None
@@ -82,7 +85,7 @@ def warm_up(build, iteration, device):
     facts = {"first_step_s": milliseconds(lambda: iteration(side), device) / 1000,
              "peak_gib": None, "reserved_gib": None}
     if on_gpu:
-        milliseconds(lambda: iteration(side), device, 2)  # CUDA graphs are recorded by now
+        milliseconds(lambda: iteration(side), device, 2)  # records CUDA graphs
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         milliseconds(lambda: iteration(side), device)
@@ -103,7 +106,7 @@ def our_sampling(args, state, data, p0):
 
 
 def forward_flop(config, size, n_images):
-    """Operations (2 per multiply-add) of one forward pass over a batch, counted on no device."""
+    """Operations (2 per multiply-add) of a forward pass over a batch, counted without a device."""
     with torch.device("meta"):
         model, x = JEM.build(**config).eval(), torch.empty(1, 3, size, size)
     with FlopCounterMode(display=False) as counter:
@@ -112,13 +115,15 @@ def forward_flop(config, size, n_images):
 
 
 def forward_images(args):
-    """Images times forward passes that one iteration is worth: a backward pass to the input counts
-    as one more, one to the weights as well as two."""
+    """The cost of one iteration in forward passes over single images.
+
+    A backward pass to the input counts as one forward pass, one to the weights as well as two.
+    """
     return (2 * args.n_steps + 6) * args.batch_size + 3 * args.labelled_batch
 
 
 def matrix_product(args, device):
-    """(a large product in the precision in use, its operations, the precision's name)."""
+    """(a large matrix product in the precision in use, its operations, the precision's name)."""
     n = 8192 if device.type == "cuda" else 2048
     name = "bfloat16" if args.amp == "bf16" else "float32"
     a, b, out = (torch.randn(n, n, device=device).to(getattr(torch, name)) for _ in range(3))
@@ -127,8 +132,10 @@ def matrix_product(args, device):
 
 
 def prepare(method, several, device, literal):
-    """(method, args, {name: work}, facts) of each of a method's configurations, warmed up. They
-    differ in M and N alone and train on with the same weights."""
+    """Yield (method, args, {name: work}, facts) for each configuration of a method, warmed up.
+
+    Configurations differ only in M and N. They share weights and continue each other's training.
+    """
     args = several[0]
     (state, data, p0), facts = warm_up(lambda: build(args, device)[:3],
                                        lambda side: our_iteration(args, *side), device)
@@ -146,7 +153,7 @@ def prepare(method, several, device, literal):
 
 
 def measure(group, own, device):
-    """Times of the configurations {method: [args, ...]} of one network, a result each."""
+    """Time the configurations {method: [args, ...]} of one network. Returns one result for each."""
     product, product_flop, precision = matrix_product(group["JEM++"][0], device)
     rows = [row for method, several in group.items() for row in
             prepare(method, several, device, literal=method == "JEM++" and own.only != "ours")]
@@ -187,9 +194,11 @@ def summary(method, args, times, known):
 
 
 def profile(iteration, device, ms):
-    """Where the time of one iteration goes, as text: kernels and calls of the CUDA runtime on a
-    GPU, operators on a CPU. A GPU is idle for what kernels leave of ``ms``, an iteration's time
-    without the profiler."""
+    """A text table of where the time of one iteration goes.
+
+    It lists kernels and CUDA runtime calls on a GPU, operators on a CPU. ``ms`` is an iteration's
+    time without the profiler. The GPU counts as idle for the part of it that kernels do not fill.
+    """
     on_gpu = device.type == "cuda"
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with torch.profiler.profile(activities=kinds, acc_events=True) as profiler:
@@ -218,7 +227,7 @@ def headline(r):
 
 
 def show(r):
-    """A result for people, in two lines or, of a check, one and one a step."""
+    """Print a result as text."""
     print(headline(r))
     for found in r.get("check", []):
         print(f"    {r['precision']} step {found['step']} - the literal one, largest: weights "
@@ -244,7 +253,7 @@ def show(r):
 
 
 def configurations(own, rest):
-    """[{method: [args, ...]}, ...], one a network. InputError for what cannot be measured."""
+    """[{method: [args, ...]}, ...], one for each network. InputError for unsupported flags."""
     networks = [["--depth", d, "--width", w] for d, w in own.networks or []] or [[]]
     samplers = [m + n for m in [["--n_steps", str(m)] for m in own.M or []] or [[]]
                 for n in [["--in_steps", str(n)] for n in own.N or []] or [[]]]
@@ -275,7 +284,7 @@ def network(text):
 
 
 def checked(group, own, device):
-    """The check of each configuration of JEM++ as a result."""
+    """Yield the result of ``check`` for each configuration of JEM++."""
     for args in group["JEM++"]:
         state, data, p0, _, _ = build(args, device)
         state.step = args.warmup_iters
@@ -312,9 +321,9 @@ def main(argv=None):
             show(r)
         return program.EXIT_OK
     if own.profile:
-        open(own.profile, "a").close()  # that it cannot be written is said before the hours
+        open(own.profile, "a").close()  # fail now, not after hours, if it cannot be written
     if own.check:
-        rest = [*rest, "--reinit_freq", "0"]  # both sides are given their x_0
+        rest = [*rest, "--reinit_freq", "0"]  # both sides get the same x_0
     groups = configurations(own, rest)
     first = groups[0]["JEM++"][0]
     device = machine.pick_device(first.device, first.num_threads)
@@ -325,7 +334,7 @@ def main(argv=None):
                 print(json.dumps(records.jsonable(r)), flush=True)
             else:
                 show(r)
-        torch.compiler.reset()  # frees this network's programs and CUDA graphs
+        torch.compiler.reset()  # free this network's programs and CUDA graphs
     return program.EXIT_OK
 
 

@@ -3,9 +3,9 @@
 
     python scripts/benchmark_scaling.py --processes 1 2 --results results/scaling.jsonl --depth 10
 
-Other words go to train_jempp.py. Each process has one CPU thread (or one GPU); the parts of the
-global batch that have no process of their own are accumulated, so that all rows compute the same.
-On CPUs a further row is one process with as many threads as the largest row has processes.
+Other flags go to train_jempp.py. Each process has one CPU thread (or one GPU). Rows with fewer
+processes accumulate gradients over the parts of the global batch, so all rows compute the same. On
+CPUs one more row is a single process with as many threads as the largest row has processes.
 """
 
 import os
@@ -33,11 +33,11 @@ from utils import (  # noqa: E402
 )
 from utils.files import records  # noqa: E402
 
-STEPS = 8  # of a turn that are timed, after as many that are not
+STEPS = 8  # timed steps of a turn, after as many untimed ones
 
 
 def images_per_s(processes, threads, parts, words):
-    """One turn: train for 2 * STEPS steps in a folder that goes away; the speed of the later."""
+    """One turn: train for 2 * STEPS steps in a temporary folder. The speed of the second half."""
     with tempfile.TemporaryDirectory() as run_dir:
         launcher = ["-m", "torch.distributed.run", "--standalone",
                     f"--nproc_per_node={processes}"] if processes > 1 else []

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What each thing that makes an iteration fast is worth: all of them, then all but one, in turn.
+"""Time an iteration with all optimisations, and then with all but one, in turn.
 
     python scripts/benchmark_switches.py --results results/switches.jsonl --depth 10 --width 1
 
-Other words go to train_jempp.py; --fast and M = 10 unless typed otherwise. Each row's record is the
-median of its turns; rows of one run share ``protocol.run``, and ``ratio`` is to the first row.
+Other flags go to train_jempp.py. The defaults are --fast and M = 10. Each row's record is the
+median of its turns. Rows of one run share ``protocol.run``. ``ratio`` compares to the first row.
 """
 
 import statistics
@@ -33,14 +33,14 @@ from utils.files import records  # noqa: E402
 from utils.training.build import build  # noqa: E402
 
 ALL = "all"
-ROWS = {  # name: flags after the others
+ROWS = {  # name: additional flags
     ALL: [],
     "without --compile": ["--compile", "off"],
     "without --channels_last": ["--no-channels_last"],
     "without --compile and the collapsed inner loop": ["--compile", "off", "--literal_pyld"],
     "without activations in place": [],
     "without keeping freed memory": [],
-    "with the other precision": [],  # bf16 where it was off, float32 where it was on
+    "with the other precision": [],  # bf16 in place of float32, or the reverse
 }
 
 
@@ -70,7 +70,7 @@ def main(argv=None):
     machine.set_switches(args, device)
     sides = {row: prepare(row, words, device) for row in ROWS}
     times = {row: [] for row in ROWS}
-    for turn in range(-1, own.repeats):  # the first, untimed one compiles
+    for turn in range(-1, own.repeats):  # turn -1 compiles and is not timed
         for row, side in sides.items():
             machine.keep_freed_memory("freed memory" not in row)
             ms = milliseconds(lambda side=side: our_iteration(*side), device, TURN[device.type])

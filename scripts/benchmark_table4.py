@@ -3,8 +3,8 @@
 
     python scripts/benchmark_table4.py --results results/table4.jsonl --depth 10 --width 1
 
-Takes the flags of train_jempp.py besides its own; M, N and what makes JEM are set here. Each row's
-record is the median of its turns; rows of one run share ``protocol.run`` and make the ratios.
+Accepts the flags of train_jempp.py. M, N and JEM's flags are set here. Each row's record is the
+median of its turns. Rows of one run share ``protocol.run``, and ratios are taken within a run.
 """
 
 import statistics
@@ -52,7 +52,7 @@ def main(argv=None):
         side = jem if row == "JEM" else jempp
         return milliseconds(lambda: our_iteration(settings[row], *side), device, TURN[device.type])
 
-    for row in ROWS:  # the first step is never typical
+    for row in ROWS:  # warm up
         turn(row)
     times = {row: [] for row in ROWS}
     for _ in range(own.repeats):

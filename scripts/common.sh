@@ -1,14 +1,15 @@
-# Sourced by the table and figure scripts. What they take from the environment:
-#   SCALE  paper (default): the paper's runs. small: WRN-10-1 on 4,800 images of the same data, a
-#          CPU evening. digits: WRN-10-1 on digits to the end of the paper's schedule in miniature,
+# Sourced by the table and figure scripts. They read these environment variables:
+#   SCALE  paper (default): the paper's runs. small: WRN-10-1 on 4,800 images of the same data, an
+#          evening on a CPU. digits: WRN-10-1 on digits with a miniature of the paper's schedule,
 #          minutes a row on one CPU core. tiny: a smoke run of a minute on digits.
-#   SEEDS  training seeds, "1" by default; "1 2 3" gives mean and standard deviation.
-#   DATA   folder of the data sets (data). RUNS: run folders (runs/$SCALE). OUT: records (results;
-#          digits: results/digits; tiny: a folder beside the runs, so that a smoke run leaves the
-#          real records alone).
-# Words of the command line go to train_jempp.py. Finished runs and evaluations are skipped, stopped
-# ones go on. Rollbacks and runs that diverge for good are recorded as such. What cannot be trained or
-# measured is left out in one line: the rest goes on, and the exit code at the end is not 0.
+#   SEEDS  training seeds (default "1"). "1 2 3" gives mean and standard deviation.
+#   DATA   folder of the data sets (default data).
+#   RUNS   run folders (default runs/$SCALE).
+#   OUT    records (default results). The default is results/digits for SCALE=digits. For SCALE=tiny
+#          it is a folder inside RUNS, so that a smoke run does not touch the real records.
+# Command-line flags go to train_jempp.py. Finished runs and evaluations are skipped. Stopped ones
+# continue. Rollbacks and runs that diverge for good are recorded as such. If something cannot be
+# trained or measured, a line says so, the rest continues, and the final exit code is not 0.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -x .venv/bin/python ] && export PATH="$PWD/.venv/bin:$PATH"
@@ -40,16 +41,16 @@ esac
 if [ "$SCALE" = tiny ]; then OUT=${OUT:-$RUNS/results}; else OUT=${OUT:-results}; fi
 mkdir -p "$RUNS" "$OUT/figures"
 
-# The paper's baselines as flags; JEM++ is the defaults. A run goes back on divergence, as by default,
-# except where the paper's point is that the method diverges: those rows stop.
+# The flags of the paper's baselines. JEM++ is the defaults. By default a run rolls back when it
+# diverges. Rows where the paper shows that the method diverges stop instead.
 STOP=(--on_divergence stop)
 SOFTMAX=(--p_x_weight 0)
 JEM=($(<scripts/jem.flags))
-IGEBM=("${JEM[@]}" --p_x_weight 0 --p_y_given_x_weight 0 --p_x_y_weight 1)  # as near as flags come
+IGEBM=("${JEM[@]}" --p_x_weight 0 --p_y_given_x_weight 0 --p_x_y_weight 1)  # the closest by flags
 JEM+=("${STOP[@]}")
 
-# left_out CODE WHAT: say what is left out, for the reason printed above, and go on. A signal, or a
-# run that was stopped before its end, ends the script.
+# left_out CODE WHAT: print that WHAT is left out, for the reason printed above, and continue. A
+# signal or a run that was stopped early ends the script.
 MISSED=0
 trap 'code=$?; exit $((code ? code : MISSED))' EXIT
 left_out() {
@@ -60,7 +61,7 @@ left_out() {
 
 ended() { grep -q "\"kind\": \"end\".*\"reason\": \"$2\"" "$RUNS/$1/train.jsonl" 2>/dev/null; }
 
-# train RUN FLAGS...: train RUN-seed$SEED or go on with it. Returns 3 where it diverged for good.
+# train RUN FLAGS...: train RUN-seed$SEED or continue it. Returns 3 if it diverged for good.
 train() {
     local run=$1-seed$SEED
     shift
@@ -69,13 +70,13 @@ train() {
         echo "== $run"
         python train_jempp.py --data_root "$DATA" --run_dir "$RUNS/$run" --seed "$SEED" \
             "$@" "${SIZE[@]}" ${WORDS[@]+"${WORDS[@]}"} || return $?
-        ended "$run" finished || exit 75  # --max_steps among the words: run again to go on
+        ended "$run" finished || exit 75  # stopped by --max_steps: run again to continue
     fi
 }
 
 # measure TABLE METHOD RUN EVAL_FLAGS...: append the records of RUN's best checkpoint to
-# OUT/TABLE.jsonl under the paper's name METHOD, once and whole. A run that diverged is recorded as
-# such, whatever its best checkpoint before that was worth.
+# OUT/TABLE.jsonl under the paper's name METHOD, all at once and only once. A run that diverged is
+# recorded as diverged too.
 measure() {
     local table=$1 method=$2 run=$3-seed$SEED
     shift 3
@@ -107,8 +108,8 @@ row() {
     done
 }
 
-# FID: what to evaluate of generated images. The network whose features stand in for Inception
-# (fd_features) is the softmax model, seed 1.
+# FID: the evaluations of generated images. fd_features uses the softmax model of seed 1 in place of
+# Inception.
 features() {
     local code=0
     SEED=1 train softmax "${SOFTMAX[@]}" || code=$?

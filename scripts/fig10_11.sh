@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Figs 10 and 11, and the ECEs of the text: calibration of the softmax WRN, JEM and JEM++ on CIFAR-10
-# and CIFAR-100. The reliability diagrams lie in the run folders' eval/. Expect (paper) ECE 2.35 % for
-# JEM++ (M = 10) and 4.2 % for JEM on CIFAR-10, 3.3 % and 4.87 % on CIFAR-100.
+# Figs 10 and 11, and the ECEs in the paper's text: calibration of the softmax WRN, JEM and JEM++ on
+# CIFAR-10 and CIFAR-100. The reliability diagrams are in the run folders' eval/. Expect (paper) ECE
+# 2.35 % for JEM++ (M = 10) and 4.2 % for JEM on CIFAR-10, 3.3 % and 4.87 % on CIFAR-100.
 source "$(dirname "$0")/common.sh"
 
 for NAME in ${DATASETS:-cifar10 cifar100}; do

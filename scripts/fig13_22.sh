@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Figs 13 to 22: per class, the buffer images of highest and lowest p(x) and p(y|x) of the JEM++
-# (M = 10) of table2.sh. The pictures lie in the run folder's eval/.
+# Figs 13 to 22: for each class, the buffer images with the highest and lowest p(x) and p(y|x), from
+# the JEM++ (M = 10) of table2.sh. The pictures are in the run folder's eval/.
 source "$(dirname "$0")/common.sh"
 
 row best_worst "JEM++ (M=10)" jempp-m10 --n_steps 10 -- --eval best_worst

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Figs 2, 7 and 8: class centres and draws of p_0 for CIFAR-10, CIFAR-100 and SVHN. Seconds; trains
-# nothing. DATASETS picks the data sets.
+# Figs 2, 7 and 8: class centres and draws from p_0 for CIFAR-10, CIFAR-100 and SVHN. Takes seconds
+# and trains nothing. DATASETS picks the data sets.
 source "$(dirname "$0")/common.sh"
 
 if [ "$SCALE" = tiny ]; then DATASETS=digits; fi

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Fig. 5: learning curves (test accuracy against epoch, a divergence marked) of JEM++ with M = 5, 10, 20,
-# without proximity, and of JEM. Uses and completes the runs of table2.sh and table5.sh. The points are
-# records in OUT/fig5.jsonl.
+# Fig. 5: learning curves of JEM++ with M = 5, 10, 20, without proximity, and of JEM: test accuracy
+# against epoch, with divergences marked. Uses the runs of table2.sh and table5.sh and trains missing
+# ones. The points are records in OUT/fig5.jsonl.
 source "$(dirname "$0")/common.sh"
 
 LINES=()
@@ -11,7 +11,7 @@ line() {  # line LABEL RUN FLAGS...: the runs of one line, over all seeds
     for SEED in $SEEDS; do
         local code=0
         train "$run" "$@" || code=$?
-        if [ $code = 0 ] || [ $code = 3 ]; then  # 3: it diverged, and its curve ends there
+        if [ $code = 0 ] || [ $code = 3 ]; then  # 3: it diverged, so its curve ends early
             runs+=("$RUNS/$run-seed$SEED")
         else
             left_out $code "$label, seed $SEED"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fig. 6: accuracy, IS and FID of JEM++ (M = 10) over its epochs, from kept checkpoints (KEEP epochs
-# apart: 10 at SCALE=paper). IS and FID need the Inception weights; fd_features is there in any case.
+# Fig. 6: accuracy, IS and FID of JEM++ (M = 10) over its epochs, from a checkpoint every KEEP epochs
+# (10 at SCALE=paper). IS and FID need the Inception weights, fd_features does not.
 source "$(dirname "$0")/common.sh"
 
 if [ "$SCALE" = paper ]; then KEEP=${KEEP:-10}; else KEEP=${KEEP:-1}; fi

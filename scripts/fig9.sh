@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Fig. 9: accuracy under white-box PGD, L-inf and L2, of the softmax WRN, JEM, JEM++ and of PGD
-# adversarial training under both norms (the top lines). The first 300 test images, as JEM did; a
-# margin attack with restarts beside it. Training as in table2.sh, plus two adversarial rows.
+# Fig. 9: accuracy under white-box PGD (L-inf and L2) of the softmax WRN, JEM, JEM++ and of PGD
+# adversarial training with each norm (the top lines). Attacks the first 300 test images, as JEM did,
+# with PGD and with a margin attack with restarts. Trains as table2.sh, plus two adversarial rows.
 source "$(dirname "$0")/common.sh"
 
 ATTACK=(--eval robustness)

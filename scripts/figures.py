@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Figures that span runs or need none: class centres, learning curves, evolution, robustness.
+"""Figures over several runs, or without a run: centres, learning curves, evolution, robustness.
 
     python scripts/figures.py p0 --dataset cifar10 --out p0.png                     # Figs 2, 7, 8
-    python scripts/figures.py curves --line M=10 runs/a runs/b --out fig5.png       # Fig. 5; its
-                                     points go to --records fig5.jsonl
+    python scripts/figures.py curves --line M=10 runs/a runs/b --out fig5.png       # Fig. 5
     python scripts/figures.py evolution --records fig6.jsonl --out fig6.png         # Fig. 6
     python scripts/figures.py robustness --records fig9.jsonl --out fig9            # Fig. 9
+
+``curves`` also writes its points to --records FILE.
 """
 
 import statistics
@@ -36,7 +37,7 @@ from utils.seeding import seed_step  # noqa: E402
 
 
 def p0(args):
-    """Class centres (left) and nine draws of each class Gaussian; at most 20 classes."""
+    """Class centres (left) and nine draws from each class Gaussian, for up to 20 classes."""
     images = load(args.dataset, args.data_root, train=True, download=args.download)
     names = spec_of(args.dataset).names
     n_classes = len(names)
@@ -53,8 +54,11 @@ def p0(args):
 
 
 def curves(args):
-    """Test accuracy against epoch: a line a run, a colour a model, a cross where one diverged. The
-    points are written to --records, in place of older ones of the same run folders."""
+    """Test accuracy against epoch: a line for each run, a colour for each label.
+
+    A cross marks a divergence. The points are written to --records and replace older ones of the
+    same run folders.
+    """
     figure, axis = plots.plt.subplots(figsize=(6, 4))
     points = []
     for number, (label, *runs) in enumerate(args.line):
@@ -90,7 +94,7 @@ def draw_curve(axis, log, color, label):
 
 
 def points_of(label, run, log):
-    """A record for each evaluation during a run: the points of its curve."""
+    """Yield the points of a run's curve: one record for each evaluation in its log."""
     header = log[0]
     for r in log:
         if r["kind"] == "eval":
@@ -108,7 +112,7 @@ def points_of(label, run, log):
 
 
 def evolution(args):
-    """Accuracy and each image metric there is against epoch, one panel a metric."""
+    """Accuracy and all image metrics in the records against epoch, one panel for each."""
     series = defaultdict(dict)
     for r in records.read_jsonl(args.records):
         if r["metric"] in ("accuracy", "is_mean", "fid", "kid", "fd_features"):
@@ -125,7 +129,7 @@ def evolution(args):
 
 
 def robustness(args):
-    """Accuracy against budget: a line a method and attack, the mean over seeds and its spread."""
+    """Accuracy against budget, mean and spread over seeds, a line for each method and attack."""
     lines = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     found = [r for r in records.read_jsonl(args.records) if r["metric"] == "robust_accuracy"]
     if not found:
@@ -135,7 +139,7 @@ def robustness(args):
         program.say(f"left out: {len(found) - len(kept)} records of {args.records} that are of "
                     "another network, data set or number of images than the latest, or of a method "
                     "trained in another way than its latest")
-    for r in kept:  # of a seed, the latest record of a point counts
+    for r in kept:  # the latest record of a seed and point replaces earlier ones
         p = r["protocol"]
         eps = p.get("eps_255", p.get("eps"))
         lines[p["norm"]][r["method"], p["attack"]][float(eps)][sources.seed_of(r)] = r["value"]
@@ -146,8 +150,11 @@ def robustness(args):
 
 
 def belonging_together(found):
-    """Of records, oldest first, those that one figure may show: the latest one's data set, network
-    and number of images, and of each method one way of training."""
+    """The records that one figure may show. ``found`` is sorted, oldest first.
+
+    They share the data set, network and number of images of the latest record. Within a method
+    they share the training settings.
+    """
     def scene(r):
         t = r["training"] or {}
         return r["dataset"], r["n"], t.get("depth"), t.get("width"), t.get("n_train")

@@ -2,11 +2,12 @@
 # Build, check and time everything in one call on a GPU, in at most BUDGET seconds (540):
 #   bash scripts/gpu_check.sh                    records in results/gpu, or OUT
 #   DEVICE=cpu TINY=1 bash scripts/gpu_check.sh  the same steps on small shapes, to test this script
-# First, at once: all programs are compiled, our steps compared with the literal ones, and with every
-# switch a run on digits trains, evaluates and resumes. Then come the timings, one at a time, most
-# wanted first. A step that fails does not stop the others (exit code 1 at the end); one that no
-# longer fits is skipped, saying so. Files: benchmark.jsonl (`benchmark.py --show` prints it),
-# build.jsonl (cold first iterations; its other times mean nothing), profile.txt, log.txt.
+# First, in parallel: compile all programs, compare our steps with the literal ones, and for every
+# switch train, evaluate and resume a run on digits. Then come the timings, one at a time, the most
+# important first. A failing step does not stop the others, but the final exit code is 1. A step that
+# no longer fits the budget is skipped with a message. Files: benchmark.jsonl (`benchmark.py --show`
+# prints it), build.jsonl (cold first iterations, its other times are meaningless), profile.txt,
+# log.txt.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -x .venv/bin/python ] && export PATH="$PWD/.venv/bin:$PATH"
@@ -29,7 +30,7 @@ ALONE_SMALL=("" --cudnn_benchmark --tf32 "--amp bf16" "--compile default"
              "--compile reduce-overhead" "--fast --no-channels_last")
 ALONE_BIG=("" "--cudnn_benchmark --tf32" "--cudnn_benchmark --amp bf16"
            "--cudnn_benchmark --amp bf16 --compile default" "--fast --no-channels_last")
-PATIENCE=2  # a step is stopped after so many times the seconds it is expected to take
+PATIENCE=2  # a step is stopped after this many times its expected duration
 if [ "$TINY" ]; then
     PATIENCE=60 BIG=10-1 SMALL=10-1 LAST=10-1
     BENCH+=(--image_size 16 --batch_size 16 --buffer_size 100 --num_threads 1)
@@ -38,23 +39,23 @@ if [ "$TINY" ]; then
     ALONE_SMALL=("--amp bf16") ALONE_BIG=("--tf32 --cudnn_benchmark")
 fi
 
-# failed CODE LOG; code 124 is a limit of time that ran out
+# failed CODE LOG: report a failed step. Code 124 is a timeout.
 failed() {
     echo "-- FAILED (code $1), last lines of its log:"
     tail -n 3 "$2"
     FAILED=1
 }
 
-left() { echo $((BUDGET - 10 - SECONDS)); }  # seconds, without those of the summary
+left() { echo $((BUDGET - 10 - SECONDS)); }  # seconds left, except 10 for the summary
 
-# limit EXPECTED: the seconds after which to stop what is expected to take so many
+# limit EXPECTED: the time limit in seconds of a step that is expected to take EXPECTED seconds
 limit() {
     local left=$(left) most=$((PATIENCE * $1))
     if [ "$left" -lt 1 ]; then left=1; fi
     echo $((most < left ? most : left))
 }
 
-# step EXPECTED FLAGS...: one run of benchmark.py, skipped where fewer seconds are left than expected
+# step EXPECTED FLAGS...: run benchmark.py, or skip it if fewer than EXPECTED seconds are left.
 step() {
     local expected=$1 code=0
     shift
@@ -70,7 +71,7 @@ step() {
     if [ $code -ne 0 ]; then failed $code "$WORK/err"; fi
 }
 
-# smoke FLAGS...: an epoch of three steps with its evaluation, and two steps more by resuming.
+# smoke FLAGS...: train and evaluate an epoch of three steps, then resume for two more steps.
 smoke() {
     local run="$WORK/run${*// /_}"
     timeout -k 5 "$(limit 60)" "$PYTHON" "${SMOKE[@]}" --run_dir "$run" --max_steps 3 "$@" &&
@@ -95,7 +96,7 @@ background() {  # background FUNCTION FLAGS...
 }
 check() { timeout -k 5 "$(limit 80)" "$PYTHON" "${BENCH[@]}" --networks "$LAST" --check "$@"; }
 build() { timeout -k 5 "$(limit 80)" "$PYTHON" "${BENCH[@]}" --only ours --repeats 1 --networks "$@"; }
-for network in "$BIG" "$SMALL"; do  # the largest first: it takes longest
+for network in "$BIG" "$SMALL"; do  # the largest first, because it takes longest
     [ "$network" = "$LAST" ] || background build "$network" "${GRID[@]}" --fast
 done
 background build "$LAST" "${GRID[@]}" --fast --jem

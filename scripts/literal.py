@@ -1,11 +1,15 @@
-"""The released code's order of work, in our words: what benchmark.py measures against.
+"""The order of work of the released code, in our own code: the reference of benchmark.py.
 
-Nothing here is meant to be fast, and nothing is slower than there. Chains run Algorithm 1 by a pass
-back to the images alone (no weight gradients; the graph is retained, the stem's output keeps its
-gradient) and N passes through the stem. They end with one pass back through the stem that nothing
-uses. The graph of the real batch lives through the sampling. Each iteration draws a Gaussian for
-every chain, one by one, of which it uses those to be re-initialised. It computes as the released
-code does, too: float32 without TensorFloat-32, contiguous, nothing compiled or in place.
+This code is not optimised, but it is no slower than the released code. It works as follows.
+
+- Chains run Algorithm 1 with a backward pass to the images and N passes through the stem. The
+  backward pass computes no weight gradients, retains the graph, and keeps the gradient at the
+  stem's output. Each chain ends with a backward pass through the stem whose result is unused.
+- The graph of the real batch stays in memory during sampling.
+- Each iteration draws one Gaussian sample per chain, one by one. It uses only those of chains that
+  are re-initialised.
+- Arithmetic is float32 without TensorFloat-32. Tensors are contiguous. Nothing is compiled or done
+  in place.
 """
 
 import argparse
@@ -23,13 +27,16 @@ from utils.seeding import seed_step
 from utils.training.build import Setup, new_state
 from utils.training.schedule import learning_rate
 
-# Our switches as this side has them; --cudnn_benchmark, which the released code has on, is shared.
+# Our switches as set on this side. Both sides share --cudnn_benchmark, which the released code
+# turns on.
 SWITCHES = {"fast": False, "compile": "off", "amp": "off", "tf32": False, "channels_last": False}
 
 
 class Literal:
-    """The literal side of a run that starts as ``args`` say, on ``data`` and the images of
-    ``p0``: its state, and ``step`` and ``sample`` by the sampler of other ``args``."""
+    """The literal side of a run that starts from ``args``, ``data`` and the images of ``p0``.
+
+    ``step`` and ``sample`` may use the sampler settings of other ``args``.
+    """
 
     def __init__(self, args, data, p0):
         self.state = new_state(argparse.Namespace(**{**vars(args), **SWITCHES}), data, p0, {})
@@ -46,7 +53,7 @@ class Literal:
             return literal_sample(self.state.model, self.state.buffer.images, self.draw(args), args)
 
     def step(self, args, drawn=None):
-        """One iteration, with ``drawn``, (x_0, slots), where they are given."""
+        """One iteration. Starts from ``drawn``, a pair (x_0, slots), if given."""
         state = self.state
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.step, self.data.steps_per_epoch, args)
@@ -57,7 +64,7 @@ class Literal:
 
 @contextmanager
 def full_float32():
-    """TensorFloat-32 off inside the block, whatever our side is allowed."""
+    """Turn TensorFloat-32 off inside the block, even if our side uses it."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False
@@ -68,14 +75,15 @@ def full_float32():
 
 
 class OneByOneGaussians:
-    """N(mu_y, Sigma_y + 1e-4 I) of each class with a dense covariance, sampled one at a time."""
+    """N(mu_y, Sigma_y + 1e-4 I) of each class, with a dense covariance, sampled one at a time."""
 
     def __init__(self, p0):
         self.shape, self.normals = p0.shape, []
         for k in range(len(p0.classes)):
             x = p0.class_images(k)
-            covariance = torch.cov(x.double().T, correction=0)  # of few images, float32 is not
-            covariance.diagonal().add_(p0.ridge)                # enough for its factor
+            # the Cholesky factor of a covariance of few images needs float64
+            covariance = torch.cov(x.double().T, correction=0)
+            covariance.diagonal().add_(p0.ridge)
             factor = torch.linalg.cholesky(covariance).float()
             self.normals.append(MultivariateNormal(x.mean(0), scale_tril=factor))
 
@@ -94,7 +102,7 @@ def literal_draw(images, gaussians, args):
 
 
 def literal_sample(model, images, drawn, args):
-    """Algorithm 1 from ``drawn``, (x_0, slots), and back into the buffer ``images``."""
+    """Algorithm 1 from ``drawn`` = (x_0, slots). Stores the result in the buffer ``images``."""
     x, slots = drawn
     for _ in range(args.n_steps):
         x = x.detach().requires_grad_()
@@ -110,20 +118,20 @@ def literal_sample(model, images, drawn, args):
                       ).clamp(-1, 1)
         x = moving
     x = x.detach()
-    (p * model.stem(x)).sum().backward()  # into gradients that are set to zero before they count
+    (p * model.stem(x)).sum().backward()  # unused: gradients are zeroed before they count
     images[slots] = x
     return x
 
 
 def literal_step(state, batch, drawn, args):
-    """One training iteration with two real batches (recipe: p(x) and p(y|x), weights 1 and 1)."""
+    """One training iteration with two real batches, for p(x) and p(y|x) with weights 1 and 1."""
     model, optimizer = state.model, state.optimizer
     x_pos, (x_lab, y_lab) = batch
     e_pos = model.energy(x_pos).mean()
     x_neg = literal_sample(model, state.buffer.images, drawn, args)
     e_neg = model.energy(x_neg).mean()
     loss = e_pos - e_neg + F.cross_entropy(model(x_lab), y_lab.to(x_lab.device))
-    if loss.abs().item() > 1e8:  # the released test for divergence, a wait for the device each step
+    if loss.abs().item() > 1e8:  # the released test for divergence, which waits for the device
         raise RuntimeError("diverged")
     optimizer.zero_grad()
     loss.backward()
@@ -131,12 +139,12 @@ def literal_step(state, batch, drawn, args):
 
 
 def check(args, state, data, p0, dtype=torch.float32, steps=3):
-    """Our and the literal iteration in ``dtype`` from the same state, x_0 and batch, ``steps``
-    times, each time from ours: [{step, lr, differences after it}, ...].
+    """Compare our iteration with the literal one, in ``dtype``, from the same state, x_0 and batch.
 
-    Where an activation is within float32's rounding of LeakyReLU's kink, its gradient may take
-    either slope, and the steps part by up to some percent; in float64 nothing is left but what is
-    computed otherwise.
+    Runs ``steps`` iterations, each from our current state. Returns [{step, lr, differences}, ...].
+    If float32 rounding moves an activation across LeakyReLU's kink, its gradient takes the other
+    slope, and the steps may differ by some percent. In float64 only real differences in the
+    computation remain.
     """
     literal, draw, found = Literal(args, data, p0), make_sampler(args), []
     in_precision(dtype, data, state, literal.state)
@@ -154,7 +162,7 @@ def check(args, state, data, p0, dtype=torch.float32, steps=3):
 
 
 def in_precision(dtype, data, *states):
-    """Weights, buffers and real images from here on in ``dtype``."""
+    """Convert weights, buffers and all later real images to ``dtype``."""
     for state in states:
         state.model.to(dtype)
         state.buffer.images = state.buffer.images.to(dtype)
@@ -168,7 +176,7 @@ def in_precision(dtype, data, *states):
 
 
 def copy_state(target, source):
-    """Weights, statistics, momentum and buffer of ``source`` into ``target``."""
+    """Copy weights, statistics, momentum, buffer and step of ``source`` to ``target``."""
     target.model.load_state_dict(source.model.state_dict())
     target.optimizer.load_state_dict(copy.deepcopy(source.optimizer.state_dict()))
     target.buffer.images.copy_(source.buffer.images)
@@ -176,9 +184,12 @@ def copy_state(target, source):
 
 
 def differences(a, b, before, slots):
-    """Between two states after a step from the weights ``before`` (a vector): the largest of
-    weights, of running statistics, and of what the chains left in the buffer (two of one slot
-    aside: either may be the one that is kept); and the norm of all weights', over the step's."""
+    """Differences between states ``a`` and ``b`` after one step from the weights ``before``.
+
+    Largest differences of weights, of running statistics, and of the buffer's slots that were drawn
+    once (either of two chains in one slot may be the one that is stored). ``relative`` is the norm
+    of the weights' difference divided by that of the step.
+    """
     once = slots[slots.bincount()[slots] == 1].to(a.buffer.images.device)
     weights = [vector(s.model.parameters()) for s in (a, b)]
     statistics = [vector(s.model.buffers()) for s in (a, b)]
@@ -190,5 +201,5 @@ def differences(a, b, before, slots):
 
 
 def vector(tensors):
-    """All their numbers (and a 0: there may be none) on the host, in float64."""
+    """All numbers of ``tensors`` on the host, in float64, after a 0 (there may be none)."""
     return torch.cat([torch.zeros(1), *(t.detach().flatten().cpu() for t in tensors)]).double()

@@ -3,13 +3,13 @@
 
     python scripts/make_tables.py              # on the terminal
     python scripts/make_tables.py --write      # between the markers in results/README.md
-    python scripts/make_tables.py --check      # exit code 1 where results/README.md is out of date
+    python scripts/make_tables.py --check      # exit code 1 if results/README.md is out of date
 
-No number stands in this file: the paper's are in results/paper.jsonl, ours in results/TABLE.jsonl.
-Ours is the mean over training seeds ± sample standard deviation, or – where nothing was measured.
-It carries † where the run was not the paper's (scripts/tables/protocol.py) or less was measured
-(the lines "protocol" of paper.jsonl), with a footnote made from the records. How cells come from
-records is in scripts/tables/cells.py; tables of our numbers alone are in scripts/tables/ours.py.
+The paper's numbers are in results/paper.jsonl, ours in results/TABLE.jsonl. Ours are means over
+training seeds ± sample standard deviation, or – if nothing was measured. A † marks runs that differ
+from the paper's (scripts/tables/protocol.py) or measure less (the "protocol" lines of paper.jsonl).
+Its footnote is made from the records. scripts/tables/cells.py makes cells from records.
+scripts/tables/ours.py makes the tables that hold only our numbers.
 """
 
 import re
@@ -49,8 +49,8 @@ HEADS = {
     "svhn": "SVHN", "interp": "CIFAR-10 interp", "cifar100": "CIFAR-100", "celeba": "CelebA",
     "cifar10": "CIFAR-10", "log_p_x": "log p(x)", "max_p_y": "max p(y|x)",
 }
-SCRIPTS = {"table4": "table4_speed", "ece": "fig10_11"}  # of the others, the table's own name
-NEEDS = {  # what has to be brought along, by column or data set
+SCRIPTS = {"table4": "table4_speed", "ece": "fig10_11"}  # others are named like their table
+NEEDS = {  # what the user has to provide, by column or data set
     "is_mean": "IS and FID need Inception weights (`eval_jempp.py --inception_weights FILE`)",
     "fid": "IS and FID need Inception weights (`eval_jempp.py --inception_weights FILE`)",
     "svhn": "SVHN needs train_32x32.mat and test_32x32.mat in `--data_root`",
@@ -59,7 +59,7 @@ NEEDS = {  # what has to be brought along, by column or data set
 
 
 def header(columns):
-    """The two first lines of a table; one to three words for a number, as ``body`` has cells."""
+    """The first two lines of a table. Each number has one to three columns, as in ``body``."""
     words = ["model"]
     several = len({n["dataset"] for n in columns}) > 1
     for number in columns:
@@ -74,7 +74,7 @@ def header(columns):
 
 
 def body(rows):
-    """One line a row of {row: [(number, cell)]}: paper, ours, Δ, as far as the column has them."""
+    """One line for each row of {row: [(number, cell)]}: paper, ours, Δ, where they exist."""
     for row, pairs in rows.items():
         words = [row]
         for number, cell in pairs:
@@ -88,7 +88,7 @@ def body(rows):
 
 
 def footnotes(rows):
-    """One † line for each way in which cells of these rows were measured."""
+    """Yield one † line for each different footnote of the cells."""
     notes = {}
     for row, pairs in rows.items():
         for _, cell in pairs:
@@ -105,7 +105,7 @@ def footnotes(rows):
 
 
 def not_measured(table, rows):
-    """The line that says what – stands for and how to measure it."""
+    """Yield the line that explains – and tells how to measure what is missing."""
     missing = [n for pairs in rows.values() for n, cell in pairs
                if cell.text == NOTHING and not n.get("cited")
                and n["column"] not in OURS_ALONE + PAPER_ALONE]
@@ -118,7 +118,7 @@ def not_measured(table, rows):
 
 
 def papers_notes(rows):
-    """What the paper itself says about its numbers, and whose rows it cites from elsewhere."""
+    """Yield the paper's remarks on its numbers, and which rows it cites from others."""
     cited = [row for row, pairs in rows.items() if any(n.get("cited") for n, _ in pairs)]
     if cited:
         yield f"Results of others that the paper cites, not trained here: {', '.join(cited)}"
@@ -160,8 +160,10 @@ def hyper_parameters(title, numbers):
 
 
 def all_tables(folder):
-    """{title: Markdown} of every table, in the paper's order; Table 7 is one for each score. Ours
-    alone, where there are records, come last."""
+    """{title: Markdown} of every table, in the paper's order. Table 7 has one table per score.
+
+    Tables with only our numbers come last, if there are records.
+    """
     numbers, full_scale = sources.read_paper(folder, ROOT / "results")
     results = {table: sources.by_time(sources.read_results(folder / f"{table}.jsonl", full_scale))
                for table in TITLES}
@@ -189,7 +191,7 @@ def all_tables(folder):
 
 
 def split_file(path):
-    """(before, between, after) the two markers of a file."""
+    """The text of a file before, between and after the two markers."""
     text = path.read_text(encoding="utf-8")
     parts = re.split(f"{re.escape(BEGIN)}|{re.escape(END)}", text)
     if len(parts) != 3 or not text.index(BEGIN) < text.index(END):
@@ -199,7 +201,7 @@ def split_file(path):
 
 
 def disagreements(between, texts):
-    """Titles of the tables that a file does not hold as they are now."""
+    """Titles of the tables that differ between the file and ``texts``."""
     held = {part.splitlines()[0]: f"### {part}".strip()
             for part in re.split("^### ", between, flags=re.M)[1:]}
     wrong = [title for title in {**texts, **held} if texts.get(title) != held.get(title)]

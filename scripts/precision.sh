@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# bfloat16 inside the network against float32 throughout, ten epochs of a small network, three seeds:
-# do accuracy and energy gap end within the seeds' spread? Minutes on a CPU, on the digits data:
+# Compares bfloat16 inside the network with float32, over ten epochs of a small network and three
+# seeds: do accuracy and energy gap end within the spread over seeds? Minutes on a CPU with digits:
 #   SCALE=tiny OUT=results N_IMAGES=360 bash scripts/precision.sh --n_train 1300 --batch_size 32 \
 #       --warmup_iters 40 --buffer_size 1000 --print_every 20
 SEEDS=${SEEDS:-1 2 3}

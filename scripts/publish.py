@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Make of a finished run a model that can be given away, and of its records a model card.
+"""Make a publishable model from a finished run, and a model card from its records.
 
     python scripts/publish.py model runs/jempp results/models/NAME
     python eval_jempp.py --load_path results/models/NAME/model.pt --results results/models/NAME/...
     python scripts/publish.py card results/models/NAME
 
-``model`` writes NAME/model.pt: the weights of best.pt as they are (float32), --n_buffer images of
-its replay buffer as uint8, what evaluation needs, no optimiser; and NAME/run.json, the run's own
-account. ``card`` writes NAME/README.md from run.json, NAME/*.jsonl and the pictures beside them.
+``model`` writes NAME/model.pt and NAME/run.json. model.pt holds the weights of best.pt (float32),
+--n_buffer images of its replay buffer as uint8 and what evaluation needs, but no optimiser.
+run.json describes the run. ``card`` writes NAME/README.md from run.json, NAME/*.jsonl and the
+pictures beside them.
 """
 
 import hashlib
@@ -37,7 +38,7 @@ PERCENT = {"accuracy", "ece", "ece_adaptive", "robust_accuracy"}
 
 
 def publish(run_dir, out, n_buffer):
-    """RUN/best.pt without what only training needs; returns the path written."""
+    """Write RUN/best.pt without what only training needs. Returns the path written."""
     content = checkpoint.check(read(run_dir / "best.pt"), run_dir / "best.pt")
     log = records.read_jsonl(run_dir / "train.jsonl")
     if not log or log[-1].get("reason") != "finished":
@@ -57,7 +58,7 @@ def publish(run_dir, out, n_buffer):
 
 
 def write_account(out, log, content):
-    """NAME/run.json: the command's flags, minutes, machine and epochs of the run."""
+    """Write NAME/run.json: the run's flags, minutes, machine and epochs."""
     header = log[0]
     defaults = vars(checkpoint_defaults(header["args"]))
     machine = ("run_dir", "data_root", "download", "num_threads", "device")
@@ -81,13 +82,12 @@ def write_account(out, log, content):
 
 
 def checkpoint_defaults(args):
-    """What train_jempp.py would have used had nothing but the data set been typed."""
-
+    """The default arguments of train_jempp.py for the run's data set."""
     return cli.train_args(["--dataset", args["dataset"]])
 
 
 def command(run):
-    """The training command of a run's account."""
+    """The training command of a run.json."""
     words = []
     for name, value in sorted(run["flags"].items()):
         if isinstance(value, bool):
@@ -99,7 +99,7 @@ def command(run):
 
 
 def card(out):
-    """NAME/README.md from the account, the records and the pictures."""
+    """Write NAME/README.md from run.json, the records and the pictures."""
     run = json.loads((out / "run.json").read_text())
     weights = hashlib.sha256((out / "model.pt").read_bytes()).hexdigest()
     env, flags = run["env"], run["flags"]
@@ -127,8 +127,10 @@ def card(out):
 
 
 def table(out):
-    """The numbers as lines of Markdown: a row for each thing measured, with a column for this model
-    (NAME/records.jsonl) and one for each it is compared to (NAME/OTHER.jsonl)."""
+    """The numbers as Markdown lines, a row for each measurement.
+
+    The columns are this model (NAME/records.jsonl) and others to compare with (NAME/OTHER.jsonl).
+    """
     others = sorted(path.stem for path in out.glob("*.jsonl") if path.stem != "records")
     columns, rows = ["records", *others], {}
     for column in columns:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to a trained JEM++ in minutes on a CPU: makes .venv, installs, trains a WRN-10-1 on
-# scikit-learn's digits (PYLD-5-5, p(x) and p(y|x) together), evaluates it, writes pictures.
-# Run it again and it goes on from, or shows, what is there. Words are passed to train_jempp.py.
+# Trains a small JEM++ in minutes on a CPU, starting from a fresh clone: makes .venv, installs, trains
+# a WRN-10-1 on scikit-learn's digits (PYLD-5-5, p(x) and p(y|x) together), evaluates it and writes
+# pictures. Running it again continues a stopped run. Flags are passed to train_jempp.py.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
 RUN=${RUN:-runs/quickstart}

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Append what a run folder itself tells to a results file: how far it came, how it ended,
-the energy gap E(x+) - E(x-) at its end.
+"""Append facts about a run to a results file: its last step, how it ended, its last energy gap.
+
+The gap is E(x+) - E(x-). All facts are read from the run folder.
 
     python scripts/record_run.py runs/small/jempp-seed1 --method JEM++ --results table5.jsonl
 """
@@ -37,7 +38,7 @@ def main(argv=None):
         "metric": "steps", "value": end["step"], "unit": "step", "n": 1,
         "protocol": {"reason": end["reason"], "rollbacks": end.get("rollbacks", 0)}, **common})
     gaps = [r for r in log if r["kind"] == "step" and "gap" in r]
-    if gaps:  # a record is the mean over the steps since the one before
+    if gaps:  # a gap is the mean over the steps since the previous record
         steps = [r["step"] for r in gaps[-2:]]
         records.append_jsonl(args.results, {
             "metric": "energy_gap", "value": gaps[-1]["gap"], "unit": "nat", "n": 1,

@@ -1,5 +1,5 @@
-# Sourced by quickstart.sh and test.sh: makes .venv if need be, installs requirements file $1 into
-# it when that file has changed since, and puts it first on the path. No output if nothing is to do.
+# Sourced by quickstart.sh and test.sh. Makes .venv if it is missing, installs the requirements file
+# $1 if it has changed, and puts .venv first on PATH. Prints nothing if there is nothing to do.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Table 2: CIFAR-10, accuracy, IS and FID of JEM++ (M = 5, 10, 20), JEM, an IGEBM-like model and the
-# softmax WRN. Hours on one data-centre GPU at SCALE=paper: about a day a JEM++ row, two for JEM.
-# Expect 93.5 % and FID 37 for M = 10 (paper); JEM may diverge (before epoch 60, says the paper) and
-# is then recorded so. IS and FID need the Inception weights; fd_features is measured in any case.
+# Table 2: accuracy, IS and FID on CIFAR-10 of JEM++ (M = 5, 10, 20), JEM, an IGEBM-like model and the
+# softmax WRN. At SCALE=paper a JEM++ row takes about a day on one data-centre GPU, JEM two. Expect
+# (paper) 93.5 % and FID 37 for M = 10. JEM may diverge (before epoch 60 in the paper), which is then
+# recorded. IS and FID need the Inception weights, fd_features does not.
 source "$(dirname "$0")/common.sh"
 
 features

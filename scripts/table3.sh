@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Table 3: accuracy on SVHN and CIFAR-100 of the softmax WRN, JEM and JEM++ (M = 5, 10).
-# SCALE=paper: about a day a row and data set on one data-centre GPU. Expect (paper) 96.9 % and 74.5 %
-# for M = 10. DATASETS picks the data sets; at SCALE=tiny both are the digits.
+# SCALE=paper takes about a day a row and data set on one data-centre GPU. Expect (paper) 96.9 % and
+# 74.5 % for M = 10. DATASETS picks the data sets. At SCALE=tiny both are the digits.
 source "$(dirname "$0")/common.sh"
 
 for NAME in ${DATASETS:-svhn cifar100}; do

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Table 4: milliseconds an iteration of JEM++ over M x N and of JEM (K = 20), turn by turn in one run;
-# then the table, with the ratio to JEM beside the paper's. Minutes, not hours: no model is trained.
-# Words go to benchmark_table4.py (--repeats 5, --fast, --depth, --width, --device ...).
+# Table 4: milliseconds per iteration of JEM++ for all M x N and of JEM (K = 20), timed turn by turn
+# in one run. Then prints the table, with the ratio to JEM beside the paper's. Takes minutes, because
+# no model is trained. Flags go to benchmark_table4.py (--repeats 5, --fast, --depth, --device ...).
 source "$(dirname "$0")/common.sh"
 
 python scripts/benchmark_table4.py --results "$OUT/table4.jsonl" --data_root "$DATA" "${SIZE[@]}" \

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Table 5: the ablation on CIFAR-10, all six rows at M = 10, N = 5, the failing ones included. A run goes
-# back on divergence and its rollbacks are recorded; random init (w/o BN) stops, as in the paper.
-# SCALE=paper: about a day a row on one data-centre GPU; SCALE=small: about 4 minutes a row and seed on
-# one CPU core. Expect (paper): 93.5, 92.9, 92.5, no useful model, 88.6 (diverges at epoch 28), 91.1 %.
+# Table 5: the ablation on CIFAR-10, all six rows at M = 10, N = 5, including the failing ones. A run
+# that diverges rolls back, and its rollbacks are recorded. Random init (w/o BN) stops instead, as in
+# the paper. SCALE=paper takes about a day a row on one data-centre GPU, SCALE=small about 4 minutes a
+# row and seed on one CPU core. Expect (paper): 93.5, 92.9, 92.5, no useful model, 88.6 (diverges at
+# epoch 28), 91.1 %.
 source "$(dirname "$0")/common.sh"
 
 features

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Table 7 and the histograms of Table 8: out-of-distribution detection with CIFAR-10 inside, AUROC of
-# log p(x) and max p(y|x), of the models of table2.sh (trained here if they are not there yet).
-# Out sets SVHN, interpolated CIFAR-10, CIFAR-100, CelebA; one that is not there is said and left out.
-# Expect (paper, M = 10): .63, .68, .64, .59 for log p(x) and .91, .78, .88, .82 for max p(y|x).
+# Table 7 and the histograms of Table 8: out-of-distribution detection by models trained on CIFAR-10,
+# AUROC of log p(x) and max p(y|x). Uses the models of table2.sh and trains missing ones. Out sets are
+# SVHN, interpolated CIFAR-10, CIFAR-100, CelebA. Missing ones are reported and left out. Expect
+# (paper, M = 10): .63, .68, .64, .59 for log p(x) and .91, .78, .88, .82 for max p(y|x).
 source "$(dirname "$0")/common.sh"
 
 OOD=(--eval ood histogram)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The test suite, in .venv (made if need be). --full also runs the tests marked slow, --all those
-# marked long as well (the fault tests at full counts); other words go to pytest. Two processes share
-# the tests; -n 0 runs them in one, as a debugger needs it.
+# Runs the test suite in .venv, which is made if missing. --full also runs the tests marked slow,
+# --all also those marked long (the fault tests at full counts). Other flags go to pytest. Two
+# processes share the tests. -n 0 runs them in one process, for a debugger.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements-dev.txt
 ruff check .

@@ -1,4 +1,4 @@
-"""The cells of the paper's tables: ours from the records beside a number, its † and footnote."""
+"""The cells of the paper's tables: our number from the records, its † and its footnote."""
 
 import statistics
 from typing import NamedTuple
@@ -8,15 +8,15 @@ from scripts.tables.sources import measures, of_row, seed_of, timed
 
 NOTHING = "–"
 OURS_ALONE, PAPER_ALONE = ("fd_features", "iteration_ms"), ("minutes_per_epoch",)
-NOT_APPLICABLE = ("", "N/A")  # where the paper prints this, there is nothing to measure
+NOT_APPLICABLE = ("", "N/A")  # the paper prints these where there is nothing to measure
 FORMAT = {"accuracy": (100, 1), "ece": (100, 2), "is_mean": (1, 2), "fid": (1, 1),  # scale, digits
           "fd_features": (1, 2), "auroc": (1, 2), "speedup": (1, 2), "iteration_ms": (1, 0)}
 IN_EVERY_FOOTNOTE = ("network", "depth", "width", "n_epochs", "n_train", "step", "batch_size")
-AT_LEAST = ("n_epochs",)  # of the training arguments; all others have to be the paper's
+AT_LEAST = ("n_epochs",)  # may exceed the paper's; all other arguments must equal it
 
 
 class Cell(NamedTuple):
-    """Ours: text, mean in the record's unit, and where smaller than the paper's, † words."""
+    """Our cell: text, mean in the record's unit, and a footnote if it falls short of the paper."""
 
     text: str
     value: float | None = None
@@ -30,7 +30,7 @@ def shown(number, value, signed=False):
 
 
 def cell_of(number, records, timings, full_scale):
-    """Ours beside one number of the paper."""
+    """Our cell for one number of the paper."""
     if number["column"] in PAPER_ALONE:
         return Cell("")
     cell = (time_cell(number, timings, full_scale)
@@ -40,8 +40,10 @@ def cell_of(number, records, timings, full_scale):
 
 
 def metric_cell(number, records, full_scale):
-    """Mean ± sample standard deviation over seeds, of each its latest record; a seed that
-    diverged is told with its step, and does not count into the mean."""
+    """Mean ± sample standard deviation over seeds, from the latest record of each.
+
+    A seed that diverged is listed with its step and is not part of the mean.
+    """
     lost = {seed_of(r): r for r in records if r["metric"] == "diverged"}
     latest = {seed_of(r): r for r in records if measures(r, number)}
     kept = [r for seed, r in latest.items() if seed not in lost]
@@ -62,13 +64,13 @@ def metric_cell(number, records, full_scale):
 
 
 def rollbacks(records):
-    """{seed: how often its run went back to an earlier state}, as far as records tell."""
+    """{seed: the number of rollbacks of its run}, for seeds whose records tell."""
     return {seed_of(r): r["protocol"].get("rollbacks", 0) for r in records
             if r["metric"] == "steps"}
 
 
 def divergence(number, lost, latest, n_seeds):
-    """"2 of 3 diverged (steps 120, 340)", with what the last good checkpoints reached."""
+    """"2 of 3 diverged (steps 120, 340)", with the values of the last good checkpoints."""
     runs = sorted(lost.values(), key=lambda r: r["value"])
     steps = ", ".join(f"{r['value']:,.0f}" for r in runs)
     before = [shown(number, latest[seed]["value"]) for seed in map(seed_of, runs) if seed in latest]
@@ -80,7 +82,7 @@ def divergence(number, lost, latest, n_seeds):
 
 
 def time_cell(number, timings, full_scale):
-    """Speed-up or ms an iteration, of the latest run that timed this sampler and its reference."""
+    """Speed-up or ms per iteration, from the latest run with this sampler and its reference."""
     for record in reversed(timings):
         s = timed(record)
         if record["dataset"] != number["dataset"] or any(
@@ -103,8 +105,10 @@ def delta(number, cell):
 
 
 def shortfalls(number, record, full_scale):
-    """{setting: (found, the paper's)} where a record falls short of the paper's protocol; what a
-    record does not say is not held against it."""
+    """{setting: (found, the paper's)} where a record falls short of the paper's protocol.
+
+    Settings that the record does not mention are ignored.
+    """
     if record["metric"] == "iteration_ms":
         return fewer(timed(record), papers_training(number["row"], number["dataset"]),
                      ("depth", "width", "batch_size"))
@@ -131,20 +135,20 @@ def shortfalls(number, record, full_scale):
 
 
 def fewer(found, wanted, names):
-    """{name: (found, wanted)} where the two differ, or, AT_LEAST, fall short."""
+    """{name: (found, wanted)} where the two differ, or, for AT_LEAST, where found is less."""
     return {name: (found[name], wanted[name]) for name in names
             if name in found and (found[name] < wanted[name] if name in AT_LEAST
                                   else found[name] != wanted[name])}
 
 
 def all_steps(s):
-    """Steps of a whole training: epochs without their last, partial batch (0: not known)."""
+    """Steps of a whole training, without partial batches. 0 if unknown."""
     batch = s.get("labelled_batch", s["batch_size"])
     return s["n_epochs"] * ((s["n_train"] or 0) // batch)
 
 
 def provenance(number, used, full_scale):
-    """(footnote or None, further words of it) for the records that a cell is made from."""
+    """(footnote or None, additions to it) for the records that a cell is made from."""
     short = {}
     for record in used:
         short |= shortfalls(number, record, full_scale)
@@ -152,7 +156,7 @@ def provenance(number, used, full_scale):
     extras = [f"{name + where * (name == 'n_out')} {word(have)} (paper {word(wanted)})"
               for name, (have, wanted) in short.items() if name not in IN_EVERY_FOOTNOTE]
     origins = {r["protocol"]["origin"] for r in used if "origin" in (r["protocol"] or {})}
-    if origins:  # an out set of one's own files, under the name of the paper's
+    if origins:  # the user's own files, given the name of the paper's out set
         extras.append(f"{number['out']} from {listed(origins)}")
     judges = [str(r["protocol"].get("features_sha256"))[:8] for r in used
               if r["metric"] == "fd_features"]
@@ -175,7 +179,7 @@ def word(value):
 
 
 def listed(values):
-    """[1, 2, 3] -> "1–3"; [1, 5000] -> "1, 5,000"; words as they are."""
+    """[1, 2, 3] -> "1–3"; [1, 5000] -> "1, 5,000"; strings are joined by commas."""
     values = sorted(set(values))
     if any(isinstance(v, str) for v in values):
         return ", ".join(values)
@@ -186,7 +190,9 @@ def listed(values):
 
 def described(used, whole=True):
     """Network, training, seeds, machine and commit of records trained with the same settings.
-    ``whole``: where the last steps are missing, say how many there would be."""
+
+    ``whole``: if a run stopped early, also give the number of steps of the whole training.
+    """
     last = used[-1]
     if last["metric"] == "iteration_ms":
         s = timed(last)
@@ -203,7 +209,7 @@ def described(used, whole=True):
 def training_words(s, used, whole):
     """["WRN-10-1", "3 epochs of 4,800 images (450 steps)", "batch 32", "seeds 1–3"]"""
     images = f"{s['n_train']:,}" if s["n_train"] else "all"
-    ended = [r["training"] for r in used if r["metric"] != "diverged"]  # others tell their step
+    ended = [r["training"] for r in used if r["metric"] != "diverged"]  # others' steps: in the cell
     steps = listed([t["step"] for t in ended])
     missing = [all_steps(t) for t in ended if t["step"] < all_steps(t)]
     of_all = f" of {listed(missing)}" if missing and whole else ""

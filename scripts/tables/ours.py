@@ -1,4 +1,4 @@
-"""Tables of our numbers alone: variants beside each other over seeds, and the published models."""
+"""Tables with only our numbers: variants compared over seeds, and the published models."""
 
 import statistics
 
@@ -8,7 +8,7 @@ from utils.files import records
 
 COMPARED = {"accuracy": ("accuracy %", 100), "ece": ("ECE %", 100), "energy_gap": ("gap", 1),
             "fd_features": ("fd_features", 1)}  # metric: (head, scale)
-PUBLISHED = {  # column: (metric, what its protocol says, factor, the paper's number for M = 5)
+PUBLISHED = {  # column: (metric, protocol to match, factor, the paper's number for M = 5)
     "accuracy %": ("accuracy", {"split": "test"}, 100, ("table2", "accuracy", {})),
     "ECE %": ("ece", {"split": "test"}, 100, None),
     "AUROC log p(x), CIFAR-100": ("auroc", {"score": "log_p_x", "out": "cifar100"}, 1,
@@ -27,8 +27,11 @@ def markdown_row(cells):
 
 
 def compared(title, own_records, script):
-    """A table of methods, each trained in one way with several seeds: means ± standard deviation
-    over the seeds that did not diverge, and how many did or went back to an earlier state."""
+    """A table of methods, each trained with one setting and several seeds.
+
+    It gives means ± standard deviation over the seeds that did not diverge, and the numbers of
+    diverged seeds and of rollbacks.
+    """
     metrics = [m for m in COMPARED if any(r["metric"] == m for r in own_records)]
     head = ["", *(COMPARED[m][0] for m in metrics), "seeds", "diverged", "rollbacks"]
     lines = [f"### {title}", "", markdown_row(head),
@@ -49,7 +52,7 @@ def compared(title, own_records, script):
 
 
 def mean(of_row, metric, lost):
-    """The cell of one method and metric; of a seed, the latest record on the test split counts."""
+    """The cell of one method and metric, from the latest record of each seed on the test split."""
     latest = {sources.seed_of(r): r["value"] for r in of_row if r["metric"] == metric
               and r["protocol"].get("split", "test") == "test"}
     scale = COMPARED[metric][1]
@@ -59,7 +62,7 @@ def mean(of_row, metric, lost):
 
 
 def published(title, folder, numbers):
-    """The models of results/models beside the paper's M = 5, by the records next to their files."""
+    """A table of the models in results/models and the paper's M = 5, from the models' records."""
     def find(lines, wanted):
         return next((r for r in lines if all(r.get(k, r.get("protocol", {}).get(k)) == v
                                              for k, v in wanted.items())), None)

@@ -1,7 +1,7 @@
-"""What the paper trains in each row: the defaults of train_jempp.py and the flags of the row.
+"""How the paper trains each row: the defaults of train_jempp.py and the flags of the row.
 
-These are the flags of the rows of scripts/table2.sh and its sisters (a test compares them), so that
-a record trained with any other argument gets its †.
+A test compares these flags with those in scripts/table2.sh and the other scripts. A record trained
+with any other argument gets a †.
 """
 
 import functools
@@ -28,14 +28,17 @@ ROWS = {
     "random init (w/o BN)": "--init uniform --norm none --optimizer adam",
     "informative init (w/o BN)": "--norm none --optimizer adam",
 }
-# Of one method, runs may differ in these; sampler is n_steps and in_steps in other words.
+# Runs of one method may differ in these. ``sampler`` only repeats n_steps and in_steps.
 FREE = GUARD | {"seed", "step", "sampler"}
 
 
 @functools.cache
 def papers_training(row, dataset):
-    """{argument: value} of the paper's run of ``row`` on ``dataset``, as a record has it; without
-    the sampler's where nothing is sampled. The size of the training set is not among them."""
+    """{argument: value} of the paper's run of ``row`` on ``dataset``, in the form of a record.
+
+    The size of the training set is left out, and so are the sampler's arguments if nothing is
+    sampled.
+    """
     args = vars(cli.train_args(["--dataset", dataset, *ROWS.get(row, "").split()]))
     training = training_of(args, None, network=network_name(args))
     aside = FREE | {"dataset", "n_train"}
@@ -45,7 +48,7 @@ def papers_training(row, dataset):
 
 
 def sampler_flags():
-    """The names of the sampler's flags, which a softmax network has no use for."""
+    """The names of the sampler's flags, which a softmax network does not use."""
     parser = program.parser("")
     flags.add_sampler(parser)
     return set(vars(parser.parse_args([])))

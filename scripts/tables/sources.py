@@ -1,10 +1,10 @@
 """What make_tables.py reads: the paper's numbers and our records, and which belong together.
 
 A *number* is a line of results/paper.jsonl: table, row, column (the metric), dataset, value (None
-where the paper has none), ``printed`` (as the paper prints it); any further key, such as ``split``
-or ``out``, has to stand in the ``protocol`` of a record that measures the same. A *record* is a
-line of results/TABLE.jsonl, as eval_jempp.py, scripts/record_run.py (``diverged``) and
-scripts/benchmark_table4.py (``iteration_ms``) write it.
+if the paper has none) and ``printed`` (as the paper prints it). Further keys, such as ``split`` or
+``out``, must agree with the ``protocol`` of a record that measures the same. A *record* is a line
+of results/TABLE.jsonl. eval_jempp.py, scripts/record_run.py (``diverged``) and
+scripts/benchmark_table4.py (``iteration_ms``) write records.
 """
 
 import json
@@ -18,15 +18,15 @@ FULL_SCALE = ("column", "value", "compare")
 RECORD = ("metric", "value", "method", "dataset", "protocol", "env", "time")
 TIMING = ("run", "reference", "n_steps", "in_steps", "depth", "width", "batch_size")
 ENV = ("device", "cpu", "commit")
-# What every record says of its training. The first ones say no more; training_of in
-# utils/files/records.py makes what later ones say.
+# The training arguments in every record. The oldest records have no others. Later ones have those
+# of training_of in utils/files/records.py.
 TRAINING = ("dataset", "depth", "width", "norm", "batch_size", "n_epochs", "n_train", "n_steps",
             "in_steps", "optimizer", "lr", "init", "seed")
 SHOWN = ("accuracy", "ece", "auroc", "is_mean", "fid", "fd_features", "iteration_ms", "diverged")
 
 
 def read_lines(path, complaint):
-    """The JSON objects of a file, [] for no file; InputError, with the line, where one is bad."""
+    """The JSON objects of a file, [] if there is no file. InputError names a bad line."""
     objects = []
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
@@ -52,7 +52,7 @@ def complain_of_number(number):
 
 
 def complain_of_record(record):
-    """What is wrong with a measured record, in words, or None."""
+    """What is wrong with a measured record, or None."""
     timing = record.get("metric") == "iteration_ms"
     count = () if timing or record.get("metric") == "diverged" else ("n",)
     wrong = lacking(record, (*RECORD, *count), "the record")
@@ -73,8 +73,11 @@ def complain_of_record(record):
 
 
 def complain_of_training(training):
-    """What is wrong with the training arguments. Null may be n_train (all images) and what another
-    network than the Wide-ResNet has not."""
+    """What is wrong with the training arguments, or None.
+
+    Only these may be null: n_train (all images), and depth, width and norm, which only Wide-ResNets
+    have.
+    """
     keys = (*TRAINING, "step")
     wrong = lacking(training, keys, "training")
     null = [] if wrong else [k for k in keys if training[k] is None
@@ -83,7 +86,7 @@ def complain_of_training(training):
 
 
 def read_paper(folder, default):
-    """(numbers, full-scale protocol) of paper.jsonl in ``folder``, else in ``default``."""
+    """(numbers, full-scale protocol) of paper.jsonl in ``folder``, or in ``default`` if missing."""
     path = folder / "paper.jsonl"
     lines = read_lines(path if path.exists() else default / "paper.jsonl", complain_of_number)
     return ([n for n in lines if n["table"] != "protocol"],
@@ -91,8 +94,7 @@ def read_paper(folder, default):
 
 
 def read_results(path, full_scale):
-    """Measured records in the file's order. A training on all images is given their number, the
-    full scale's."""
+    """Measured records in the file's order. If n_train is null, fill in the full training set."""
     found = read_lines(path, complain_of_record)
     for training in (r["training"] for r in found if r.get("training")):
         whole = [line["value"] for line in full_scale if line["column"] == "n_train"
@@ -103,12 +105,12 @@ def read_results(path, full_scale):
 
 
 def by_time(records):
-    """Oldest first; of one second, as they stand."""
+    """Sort records, oldest first. Records of one second keep their order."""
     return sorted(records, key=lambda r: r["time"])
 
 
 def left_out(numbers, records):
-    """A sentence for each row that the paper's table lacks, and for each trained in two ways."""
+    """Yield a sentence for each row that the paper's table lacks or that mixes settings."""
     rows = {(n["row"], n["dataset"]) for n in numbers}
     for row, dataset in dict.fromkeys((r["method"], r["dataset"]) for r in records):
         others = len(trained(row, dataset, records)) - len(of_row(row, dataset, records))
@@ -119,7 +121,7 @@ def left_out(numbers, records):
 
 
 def with_ours_alone(numbers, records, timings):
-    """The numbers, and for each FID and each time those that only we have, where measured."""
+    """The numbers, with fd_features and iteration_ms added if there are records of them."""
     extra = []
     if any(r["metric"] == "fd_features" for r in records):
         extra += [n | {"column": "fd_features"} for n in numbers if n["column"] == "fid"]
@@ -129,30 +131,32 @@ def with_ours_alone(numbers, records, timings):
 
 
 def seed_of(record):
-    """The training seed; None for weights of others."""
+    """The training seed. None for weights trained by others."""
     return (record["training"] or {}).get("seed")
 
 
 def timed(record):
-    """What a time depends on, flat; records of others may say it in their protocol alone."""
+    """The settings that a time depends on, from the training arguments and the protocol."""
     both = {**(record.get("training") or {}), **record["protocol"]}
     return {key: both[key] for key in TIMING if key in both}
 
 
 def trained(row, dataset, records):
-    """A row's records of a trained network: all but times."""
+    """A row's records, except times."""
     return [r for r in records if (r["method"], r["dataset"]) == (row, dataset)
             and r["metric"] != "iteration_ms"]
 
 
 def of_row(row, dataset, records):
-    """A row's records, of those trained as the latest one was. An argument that a record does not
-    tell is not compared, and what protocol.FREE names may differ. Their training step is the
-    furthest that any record of the seed tells of: best.pt is from before."""
+    """A row's records that were trained with the settings of the latest one.
+
+    Arguments that a record lacks are not compared, and those in protocol.FREE may differ. Each
+    record gets the last training step of its seed, because best.pt may be older.
+    """
     own, known = [], {}
     for r in reversed(trained(row, dataset, records)):
         told = {k: v for k, v in (r["training"] or {}).items() if k not in FREE}
-        others = own and bool(told) != bool(known)  # one of us, the other weights of others
+        others = own and bool(told) != bool(known)  # one is our training, the other is not
         if not others and all(known.get(k, v) == v for k, v in told.items()):
             own.insert(0, r)
             known |= told
@@ -164,7 +168,7 @@ def of_row(row, dataset, records):
 
 
 def measures(record, number):
-    """Whether a record of the number's row is a measurement of it: metric and protocol agree."""
+    """Whether a record of the number's row measures the number: metric and protocol agree."""
     keys = number.keys() - {*NUMBER, "cited", "note"}
     return (record["metric"] == number["column"]
             and all(record["protocol"].get(key) == number[key] for key in keys))
