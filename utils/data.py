@@ -1,7 +1,7 @@
 """Data sets as uint8 tensors, and batches that are functions of (seed, step).
 
-A data set lives whole on the training device, [N, 3, H, W] uint8. Crop, flip and noise are
-vectorised there; there are no worker processes.
+A whole data set is on the training device, [N, 3, H, W] uint8. Crop, flip and noise are vectorised
+there. There are no worker processes.
 """
 
 import hashlib
@@ -22,27 +22,27 @@ from utils.program import InputError, Unavailable
 from utils.seeding import generator
 
 SPLIT_SEED = 1234  # the released code's seed for its validation images
-DOWNLOAD_TIMEOUT = 30  # seconds without an answer; torchvision itself would wait for ever
+DOWNLOAD_TIMEOUT = 30  # seconds without an answer; torchvision has no timeout
 
 
 class Spec(NamedTuple):
-    """What the paper does with a data set; ``pad`` and ``flip`` are the training augmentation."""
+    """The settings of a data set. ``pad`` and ``flip`` are the training augmentation."""
 
     names: tuple  # of the classes
-    size: int
+    size: int  # side of its images
     pad: int | None  # None: an eighth of the side
     flip: bool
     n_valid: int | None  # None: its own validation split, or else a tenth of the training images
-    files: str = ""  # what a user has to put under --data_root by hand
+    files: str = ""  # its files under --data_root
     source: str = ""  # its class in torchvision.datasets
-    sizes: tuple = ()  # other sides that its images can have
+    sizes: tuple = ()  # other possible sides
 
     @property
     def n_classes(self):
         return len(self.names)
 
     def image_size(self, side):
-        """``side``, or the data set's own for None; InputError where it cannot have it."""
+        """``side``, or the data set's default for None. InputError if that size is impossible."""
         if side not in (None, self.size, *self.sizes):
             raise InputError(f"--image_size {side}: this data set has images of "
                              f"{', '.join(map(str, sorted({self.size, *self.sizes})))} pixels")
@@ -71,8 +71,10 @@ SPECS = {
 
 
 def spec_of(name):
-    """The Spec of a data set: of the table, or of your own images (see own_images.py), whose
-    classes are listed and whose images are not read. InputError for what there is not."""
+    """The Spec of a data set in the table, or of your own images (see own_images.py).
+
+    Reads no images. InputError for an unknown data set.
+    """
     if own_images.is_own(name):
         return Spec(own_images.class_names(name), 32, None, False, None,
                     sizes=tuple(range(16, 257, 4)))
@@ -83,8 +85,10 @@ def spec_of(name):
 
 
 class Images(NamedTuple):
-    """A split: ``x`` uint8 [N, 3, H, W], ``y`` int64 [N], and words for the records about how it
-    came to be, which images were left out among them."""
+    """A split: ``x`` uint8 [N, 3, H, W], ``y`` int64 [N], and notes for the records.
+
+    ``about`` tells how the split was made and how many images were left out.
+    """
 
     x: torch.Tensor
     y: torch.Tensor
@@ -97,7 +101,7 @@ class Images(NamedTuple):
         return Images(self.x.to(device), self.y.to(device), self.about)
 
     def digest(self):
-        """SHA-256 of the pixels and labels: the same data, or not."""
+        """SHA-256 of the pixels and labels, which identifies the data."""
         sha = hashlib.sha256(self.x.cpu().numpy())
         sha.update(self.y.cpu().numpy())
         return sha.hexdigest()
@@ -106,7 +110,7 @@ class Images(NamedTuple):
 def digits(train, size):
     """scikit-learn's 1,797 handwritten digits, 8x8 grey, bilinearly upscaled to size x size RGB.
 
-    One fixed split: 360 test images, 1,437 for training and validation.
+    The split is fixed: 360 test images, 1,437 for training and validation.
     """
     from sklearn.datasets import load_digits
 
@@ -120,7 +124,7 @@ def digits(train, size):
 
 
 def from_torchvision(name, train, root, download):
-    """The train or test split of a data set through torchvision's own class for it."""
+    """The train or test split of a data set, read by torchvision."""
     import torchvision.datasets as tv
 
     split = "train" if train else "test"
@@ -143,17 +147,19 @@ def from_torchvision(name, train, root, download):
 
 
 def as_rgb(x):
-    """Images uint8 [N, 3, H, W] of [N, H, W, 3], of those, or of grey [N, 28, 28], which a black
-    frame makes 32 x 32, as LeNet had them."""
+    """Images uint8 [N, 3, H, W] from [N, 3, H, W], [N, H, W, 3] or grey [N, 28, 28].
+
+    Grey images get a black frame to 32 x 32, as for LeNet.
+    """
     if x.dim() == 3:
         return F.pad(x, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1).contiguous()
     return x.permute(0, 3, 1, 2).contiguous() if x.shape[-1] == 3 else x
 
 
 def load(name, root, *, train, download=False, size=None):
-    """One split of data set ``name`` as ``Images``; ``size`` where the data set lets it vary.
+    """One split of the data set ``name`` as ``Images``, with images of side ``size`` if given.
 
-    Raises InputError, saying what is missing and where it belongs.
+    InputError tells which files are missing and where they belong.
     """
     if own_images.is_own(name):
         return own_splits(name, root, size)["train" if train else "test"]
@@ -176,9 +182,12 @@ def own_splits(name, root, size=None):
 
 
 def load_splits(name, root, *, n_valid=None, n_train=None, download=False, size=None):
-    """(train, validation, test); validation = the data set's own, or the first ``n_valid`` (a tenth
-    of your own images unless you say) of the training images shuffled by a fixed seed, as the
-    released code takes them; train = the ``n_train`` after them, or all."""
+    """The splits (train, validation, test) of a data set as ``Images``.
+
+    The training images are shuffled by a fixed seed, as in the released code. Validation is the
+    data set's own split, or the first ``n_valid`` of them (by default a tenth of your own images).
+    Train is the next ``n_train`` images, or all others.
+    """
     if own_images.is_own(name):
         own = own_splits(name, root, size)
         full, test, valid = own["train"], own["test"], own.get("valid")
@@ -199,8 +208,10 @@ def load_splits(name, root, *, n_valid=None, n_train=None, download=False, size=
 
 
 def first_of_each_class(y, n, n_classes):
-    """Indices, ascending, of the first ``n`` images of each class of labels ``y`` [N]: int64 [n *
-    n_classes]. InputError where a class has fewer."""
+    """Ascending indices int64 [n * n_classes] of the first ``n`` images of each class.
+
+    ``y`` [N] are the labels. InputError if a class has fewer than ``n``.
+    """
     counts = y.bincount(minlength=n_classes)
     if (counts < n).any():
         raise InputError(f"--labels_per_class {n}: class {int(counts.argmin())} has only "
@@ -209,20 +220,25 @@ def first_of_each_class(y, n, n_classes):
 
 
 def labelled(images, n, n_classes):
-    """The training images whose labels a run with --labels_per_class ``n`` knows (0: all). The
-    split has shuffled them by its own fixed seed: they are the same whatever the run's seed."""
+    """The training images whose labels a run with --labels_per_class ``n`` uses (0: all).
+
+    They do not depend on the run's seed, because the split is shuffled by a fixed seed.
+    """
     return images.take(first_of_each_class(images.y, n, n_classes)) if n else images
 
 
 def reflect(index, size):
-    """Positions outside 0 .. size-1 mirrored at the border pixels, as reflect padding does."""
+    """Mirror positions outside 0 .. size-1 at the border pixels, as reflect padding does."""
     index = index.abs()
     return torch.where(index > size - 1, 2 * (size - 1) - index, index)
 
 
 def crop_and_flip(x, indices, pad, mirrored, generator):
-    """Images x[indices], each reflect-padded by ``pad``, cropped at random and, where ``mirrored``
-    [B] (or None) says so, flipped: uint8 [B, C, H, W], by one gather and no padded copy."""
+    """Augment the images x[indices]: uint8 [B, C, H, W].
+
+    Each is reflect-padded by ``pad`` and cropped at random. ``mirrored`` (bool [B] or None) says
+    which are flipped. A single gather does this without a padded copy.
+    """
     n, (height, width), device = len(indices), x.shape[-2:], x.device
     shift = torch.randint(-pad, pad + 1, (2, n, 1), generator=generator, device=device)
     rows = reflect(torch.arange(height, device=device) + shift[0], height)
@@ -235,21 +251,22 @@ def crop_and_flip(x, indices, pad, mirrored, generator):
 
 
 class TrainData:
-    """Augmented, noisy training batches; every batch is a function of (seed, step, part) alone.
+    """Augmented, noisy training batches. Every batch is a function of (seed, step, part) alone.
 
-    A step's global batch has ``parts`` parts (processes x accumulated passes) of ``batch_size``
-    images for p(x) and a share of ``labelled_batch`` (default: as many) for p(y|x), no image in two
-    of them. ``batch(step, part)`` gives x_pos for p(x) and (x_lab, y_lab) for p(y|x), images
-    [B, 3, H, W] float32 on the device, labels on the host. Two independent epoch
-    orders (the released code) or, with ``shared_batch``, one batch for both (Algorithm 2). The last
-    partial batch of an epoch is dropped; an epoch is one of labelled images.
+    ``batch(step, part)`` returns x_pos for p(x) and (x_lab, y_lab) for p(y|x). Images are float32
+    [B, 3, H, W] on the device, labels are on the host. The two batches follow independent epoch
+    orders, as in the released code. With ``shared_batch`` they are one batch (Algorithm 2). An
+    epoch counts labelled images. Its last, partial batch is dropped.
 
-    With ``labels_per_class`` > 0, y is known of the first so many images of each class alone. p(x)
-    has all images still. The labelled batches follow each other through one order of the labelled
-    images after the other, wherever a batch ends: all are used equally often, also by a batch that
-    is larger than their number. An epoch remains as many steps as without: all training images /
-    labelled batch. So epochs, and schedules that count in them, take the same time however few
-    labels there are.
+    A step's global batch has ``parts`` parts (processes x accumulated passes). Each part has
+    ``batch_size`` images for p(x) and its share of ``labelled_batch`` (by default as many) for
+    p(y|x). No image is in two parts.
+
+    With ``labels_per_class`` > 0, only that many images of each class have labels. p(x) still uses
+    all images. The labelled batches run through one order of the labelled images after another,
+    and a batch may continue into the next order. So all labels are used equally often, even if a
+    batch is larger than their number. The steps per epoch do not change: all training images /
+    labelled batch. So epochs and schedules take the same time with few labels.
     """
 
     def __init__(self, images, spec, *, batch_size, sigma, seed, labelled_batch=None, parts=1,
@@ -264,7 +281,7 @@ class TrainData:
         self.alternating_flip, self.labels = alternating_flip, images.y.cpu()
         self.device = images.x.device
         self.steps_per_epoch = self.epoch_steps("labelled")
-        self.few = None  # indices of the labelled images, where not all are
+        self.few = None  # indices of the labelled images, or None if all are labelled
         if labels_per_class:
             self.few = first_of_each_class(self.labels, labels_per_class, spec.n_classes)
         self.orders = {}
@@ -273,11 +290,11 @@ class TrainData:
         return len(self.images.y) // self.sizes[kind]
 
     def reseed(self, seed):
-        """Other epoch orders, crops and noise from here on (after a rollback)."""
+        """Use other epoch orders, crops and noise from here on (after a rollback)."""
         self.seed, self.orders = seed, {}
 
     def order(self, kind, turn):
-        """All images of ``kind`` (indices, on the host) in the order of their ``turn``-th pass."""
+        """Indices (on the host) of all images of ``kind`` in the order of pass number ``turn``."""
         if self.orders.get(kind, (None, None))[0] != turn:
             pool = self.few if kind == "labelled" else None
             order = torch.randperm(len(self.labels) if pool is None else len(pool),
@@ -286,25 +303,26 @@ class TrainData:
         return self.orders[kind][1]
 
     def places(self, kind, step, part=0):
-        """Where one part of ``step`` lies: (the pass through all images of ``kind`` [B], the place
-        in the order of that pass [B])."""
+        """(pass numbers [B], places in the order of that pass [B]) of one part of ``step``."""
         size = self.sizes[kind] // self.parts
         within = part * size + torch.arange(size)
-        if kind == "labelled" and self.few is not None:  # pass after pass, nothing dropped
+        if kind == "labelled" and self.few is not None:  # no partial batch is dropped
             place = step * self.sizes[kind] + within
             return place // len(self.few), place % len(self.few)
         epoch, position = divmod(step, self.epoch_steps(kind))
         return torch.full((size,), epoch), position * self.sizes[kind] + within
 
     def indices(self, kind, step, part=0):
-        """The images [B] (on the host) of one part of ``step``."""
+        """Indices [B] (on the host) of the images in one part of ``step``."""
         turns, places = self.places(kind, step, part)
         return torch.cat([self.order(kind, turn)[places[turns == turn]]
                           for turn in turns.unique().tolist()])
 
     def mirrored(self, indices, turns, random):
-        """Which of the images ``indices`` [B], drawn in the passes ``turns`` [B], to flip; None
-        where flips make no sense."""
+        """Which of the images ``indices`` [B], from the passes ``turns`` [B], to flip: bool [B].
+
+        None if the data set is not flipped.
+        """
         if not self.spec.flip:
             return None
         if not self.alternating_flip:
@@ -313,7 +331,7 @@ class TrainData:
         return (first[indices] ^ (turns % 2 == 1)).to(self.device, non_blocking=True)
 
     def draw(self, kind, step, part=0):
-        """(x, y) of one kind: cropped, flipped, scaled to [-1, 1], plus noise not clamped."""
+        """(x, y) of one kind: cropped, flipped, scaled to [-1, 1], plus noise, not clamped."""
         indices = self.indices(kind, step, part)
         y, on_device = self.labels[indices], indices.to(self.device, non_blocking=True)
         if kind == "unlabelled" and self.clean_p_x:

@@ -1,4 +1,4 @@
-"""What a training run starts from, built from the flags."""
+"""Builds the start of a training run from the flags."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from utils.seeding import generator
 
 
 class Setup(NamedTuple):
-    """What a run works with: what it changes, and what it only reads."""
+    """What a run works with. Training changes ``state`` and only reads the rest."""
 
     state: State
     data: TrainData
@@ -28,7 +28,7 @@ class Setup(NamedTuple):
 
 
 def build(args, device):
-    """Everything the flags describe, fresh, as a ``Setup`` on ``device``."""
+    """Build a new ``Setup`` from the flags, on ``device``."""
     spec = spec_of(args.dataset)._replace(pad=args.pad, flip=args.flip)
     check_sizes(args, spec, device)
     images, valid, test = (split.to(device) for split in load_splits(
@@ -43,7 +43,7 @@ def build(args, device):
     try:
         p0 = make_init(args.init, known.x, known.y, spec.n_classes,
                        compiled=args.compile != "off")
-    except ValueError as error:  # --n_train left a class out
+    except ValueError as error:  # a class has no training image
         raise InputError(f"{error}: raise --n_train, or --init uniform") from error
     origin = {"init": args.init, "dataset": args.dataset, "n_valid": len(valid.y),
               "n_train": len(images.y), "train_sha256": images.digest()}
@@ -51,10 +51,12 @@ def build(args, device):
 
 
 def check_sizes(args, spec, device):
-    """InputError for what can never fit: a network with its gradients and momentum, the replay
-    buffer, a batch of images."""
+    """InputError if the network, the replay buffer or a batch cannot fit into memory.
+
+    The network counts with its gradients and momentum.
+    """
     image = 4 * 3 * args.image_size**2
-    with torch.device("meta"):  # no memory, no random numbers
+    with torch.device("meta"):  # takes no memory and no random numbers
         model = JEM.build(args.network, n_classes=spec.n_classes, **network_config(args))
     for what, n_bytes in {
             "this network, its gradients and momentum":
@@ -66,7 +68,7 @@ def check_sizes(args, spec, device):
 
 
 def new_state(args, data, p0, origin, rollbacks=0):
-    """Weights, optimiser and replay buffer as a run begins with them, after so many rollbacks."""
+    """The initial state of a run: weights, optimiser, replay buffer. Depends on ``rollbacks``."""
     torch.manual_seed(args.seed + rollbacks)
     model = new_model(args, data)
     average = None
@@ -88,15 +90,16 @@ def new_state(args, data, p0, origin, rollbacks=0):
 
 
 def new_model(args, data):
-    """The network on its device, in train mode, its gradients allocated."""
+    """The network on its device, in train mode, with allocated gradients."""
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model = JEM.build(args.network, n_classes=data.spec.n_classes, **network_config(args))
     if args.sync_bn and distributed.world() > 1:
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(data.device, memory_format=layout).train()
     for p in model.parameters():
-        # Gradients are summed into memory of our own, never None: the first pass would leave there
-        # what its CUDA graph returned, which later passes overwrite (pytorch/pytorch#169545).
+        # Gradients must be summed into our own memory. If .grad were None, the first pass would put
+        # the output of its CUDA graph there, and later passes overwrite that memory
+        # (pytorch/pytorch#169545).
         p.grad = torch.zeros_like(p)
     return model
 

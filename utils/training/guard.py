@@ -1,6 +1,6 @@
-"""When a run has to stop or go back: divergence, signals, the time limit.
+"""When a run must stop or roll back: divergence, signals, the time limit.
 
-Divergence is judged every few steps, by scalars that the steps left on the device.
+Divergence is checked every few steps, from scalars that the steps left on the device.
 """
 
 import argparse
@@ -20,26 +20,28 @@ from utils.program import InputError, launched, say
 from utils.training.build import new_state
 from utils.training.schedule import check_past_rates
 
-MEMORY = 0.98  # per step, of the running mean that a collapse is seen in
+MEMORY = 0.98  # decay per step of the running mean accuracy
 
 
 class Guard:
     """Bounds on the logged scalars, and a running mean of the training accuracy.
 
     ``max_loss`` bounds |loss|, ``max_gap`` |E(x+) - E(x-)|, ``max_saturated`` the fraction of the
-    chains' pixels at their bounds, and the mean accuracy may not fall below ``min_accuracy_ratio``
-    times its peak. What it remembers lies in the state, so that a resumed run judges alike.
+    chains' pixels at their bounds. The mean accuracy may not fall below ``min_accuracy_ratio``
+    times its peak. The mean and peak are kept in the state, so that a resumed run decides alike.
     """
 
     def __init__(self, args, n_classes):
         self.max_loss, self.max_gap, self.chance = args.max_loss, args.max_gap, 1 / n_classes
         self.max_saturated, self.min_ratio = args.max_saturated, args.min_accuracy_ratio
-        self.images = args.labelled_batch / (1 - MEMORY)  # that the running mean is taken over
+        self.images = args.labelled_batch / (1 - MEMORY)  # behind the running mean
 
     def look(self, state, rows, before_saving=False):
-        """The (step, cause) of the first fault in ``rows``, the scalars {name: number} of the steps
-        up to ``state.step``; or None. ``state.guard`` remembers mean and peak accuracy.
-        ``before_saving``: the state itself is looked through as well."""
+        """The (step, cause) of the first fault in ``rows``, or None.
+
+        ``rows`` are the scalars {name: number} of the steps up to ``state.step``. The mean and peak
+        accuracy in ``state.guard`` are updated. ``before_saving``: also check that all is finite.
+        """
         for step, row in enumerate(rows, state.step - len(rows) + 1):
             if cause := self.fault(row, state.guard):
                 return step, cause
@@ -64,7 +66,7 @@ class Guard:
             mean = MEMORY * memory.get("mean", self.chance) + (1 - MEMORY) * row["accuracy"]
             peak = max(memory.get("peak", self.chance), mean)
             memory |= {"mean": mean, "peak": peak}
-            noise = 5 * (peak * (1 - peak) / self.images) ** 0.5  # of tiny batches
+            noise = 5 * (peak * (1 - peak) / self.images) ** 0.5  # matters for tiny batches
             if mean < self.min_ratio * peak - noise and peak > 3 * self.chance:
                 return (f"training accuracy fell to {100 * mean:.1f} % from {100 * peak:.1f} %, "
                         f"beyond --min_accuracy_ratio {self.min_ratio:g}")
@@ -72,19 +74,21 @@ class Guard:
 
 
 def fetch(window):
-    """The scalars of a window of steps [{name: tensor}] as numbers, by one copy from the device;
-    of several processes, their means."""
+    """The scalars of a window of steps [{name: tensor}] as numbers, averaged over the processes.
+
+    They are copied from the device at once.
+    """
     names = list(window[0])
     values = torch.stack([torch.stack([m[k] for k in names]) for m in window]).double().cpu()
     return [dict(zip(names, row, strict=True)) for row in distributed.mean(values).tolist()]
 
 
 def save_last(run_dir, state, epoch, log, good_after):
-    """Write RUN/last.pt, and see to it that there is something sound to go back to.
+    """Write RUN/last.pt, and keep a sound older state to roll back to.
 
-    What a run goes back to must not be poisoned already: an earlier last.pt waits as candidate.pt
-    and becomes good.pt once the run has survived it for ``good_after`` steps. However often one
-    saves, good.pt is then about 2 ``good_after`` steps old.
+    A recent state may already be affected by a divergence. So an earlier last.pt is kept as
+    candidate.pt. It becomes good.pt once the run has survived it for ``good_after`` steps. This way
+    good.pt is about 2 ``good_after`` steps old, however often the run saves.
     """
     last, candidate, good = (Path(run_dir) / f"{name}.pt" for name in ("last", "candidate", "good"))
     keep_as = None
@@ -98,15 +102,19 @@ def save_last(run_dir, state, epoch, log, good_after):
 
 
 def saved_states(run_dir):
-    """The resumable files of a run, newest first. The first is what the same command continues
-    from: a crash between two renames may have left no last.pt."""
+    """The resumable files of a run, newest first. The run continues from the first.
+
+    last.pt may be missing after a crash between two renames.
+    """
     paths = [Path(run_dir) / f"{name}.pt" for name in ("last", "candidate", "good", "start")]
-    return [path for path in paths if path.exists() or path.is_symlink()]  # not a link to nothing
+    return [path for path in paths if path.exists() or path.is_symlink()]  # a broken link counts
 
 
 def set_aside_damaged(run_dir):
-    """Rename what is damaged of a run's resumable files to NAME.damaged, where a whole one is left
-    to go on from; {name: what is wrong}. InputError where none is. A call that every rank makes."""
+    """Rename damaged resumable files of a run to NAME.damaged. Returns {name: what is wrong}.
+
+    InputError if all of them are damaged. Every rank must call this.
+    """
     paths, damaged = saved_states(run_dir), {}
     for path in paths:
         try:
@@ -116,7 +124,7 @@ def set_aside_damaged(run_dir):
     if damaged and len(damaged) == len(paths):
         raise InputError(f"{next(iter(damaged.values()))}. No whole file of the run is left "
                          "to go on from: choose another --run_dir")
-    distributed.barrier()  # all have looked
+    distributed.barrier()  # all ranks have read the files
     if distributed.rank() == 0:
         for path, fault in damaged.items():
             path.replace(path.with_suffix(".damaged"))
@@ -126,17 +134,16 @@ def set_aside_damaged(run_dir):
 
 
 def candidate_step(run_dir):
-    """After which step RUN/candidate.pt was saved; 0 where there is none."""
+    """The step of RUN/candidate.pt, or 0 if there is none."""
     path = Path(run_dir) / "candidate.pt"
     return checkpoint.step_of(path) if path.exists() else 0
 
 
 def resume(run_dir, setup, args):
-    """Continue from the newest whole state, if one was saved: what the log's line of it tells
-    besides (which files were damaged), or None for a run that begins.
+    """Continue from the newest undamaged state. Returns None if nothing was saved yet.
 
-    InputError where the run has other arguments, or took its steps at other learning rates than
-    ``args`` would have given them.
+    Otherwise returns what the log's resume line adds: which files were damaged. InputError if the
+    saved run has other arguments, or took its steps at other learning rates than ``args`` gives.
     """
     damaged = set_aside_damaged(run_dir)
     saved = saved_states(run_dir)
@@ -153,16 +160,15 @@ def resume(run_dir, setup, args):
 
 
 def roll_back(run_dir, setup, args, step, cause, log):
-    """Put the state back to what the run had survived for --good_after steps before the fault at
-    ``step``: the newest such file, else good.pt, which was survived once, else a fresh start (with
-    --load_path: start.pt).
-
-    Other random numbers follow, at a rate lowered by --rollback_lr_factor. The outcome is saved as
-    last.pt at once, so that a crash cannot undo the decision; what lies after it goes.
+    """Restore a state that the run survived for --good_after steps before the fault at ``step``.
+    This is the newest such file, or else good.pt. Without one, the run starts anew (with
+    --load_path: from start.pt). It continues with other random numbers, at a learning rate
+    multiplied by --rollback_lr_factor. The result is saved as last.pt at once, so that a crash
+    cannot undo the rollback. Files of later steps are deleted.
     """
     state = setup.state
     rollbacks, lr_factor = state.rollbacks + 1, state.lr_factor * args.rollback_lr_factor
-    best = state.best  # best.pt stays the best of the whole run, what was rolled back included
+    best = state.best  # best.pt remains the best of the whole run, including rolled-back steps
     set_aside_damaged(run_dir)
     for path in saved_states(run_dir):
         survived = step - checkpoint.step_of(path) > args.good_after
@@ -186,19 +192,20 @@ def roll_back(run_dir, setup, args, step, cause, log):
 
 
 class Stop:
-    """Why to stop early: a signal or --max_minutes. SIGTERM or SIGINT again quits at once, but for
-    torchrun's SIGTERM, which may follow one that all processes got: it has SIGKILL for the rest.
+    """The reason to stop early: a signal or --max_minutes.
 
-    SIGHUP says that the terminal is gone (nohup has it ignored, and it stays so), SIGUSR1 is
-    SLURM's warning before the time limit. Both may come twice.
+    A second SIGINT or SIGTERM quits at once. Under torchrun a second SIGTERM is ignored: torchrun
+    may send one after all processes got the first, and later sends SIGKILL itself. SIGHUP means
+    that the terminal is gone (under nohup it stays ignored). SIGUSR1 is SLURM's warning before the
+    time limit. Both may come twice.
     """
 
     def __init__(self, max_minutes):
         self.why, self.deadline = None, time.monotonic() + 60 * (max_minutes or math.inf)
         if threading.current_thread() is not threading.main_thread():
-            return  # where no handler can be set: a notebook, a framework's worker
+            return  # handlers can only be set in the main thread
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
-            number = getattr(signal, name, None)  # Windows has the first two
+            number = getattr(signal, name, None)  # Windows has only the first two
             if number is not None and not (name == "SIGHUP"
                                            and signal.getsignal(number) is signal.SIG_IGN):
                 signal.signal(number, self.on_signal)

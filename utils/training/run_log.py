@@ -1,4 +1,4 @@
-"""What a training run writes besides checkpoints: train.jsonl, TensorBoard events, pictures."""
+"""The log of a training run: train.jsonl, TensorBoard events, pictures."""
 
 import time
 from pathlib import Path
@@ -12,10 +12,9 @@ from utils.files import records
 class RunLog:
     """``RUN/train.jsonl`` (header, steps, evaluations, one closing line), scalars and grids.
 
-    A resumed run keeps the ``n_kept`` lines that its checkpoint knows of and cuts off what came
-    after, so that the file reads as if the run had never stopped; a ``resume`` line says that it
-    did. Rollbacks are not cut off: what was lost by one stays on record. Of several processes, the
-    first writes.
+    A resumed run keeps the ``n_kept`` lines that its checkpoint counts and removes later ones. Then
+    the file reads as if the run had never stopped, except for a ``resume`` line. Rollbacks remove
+    nothing, so the log also shows what they undid. Only rank 0 writes.
     """
 
     def __init__(self, run_dir, first_step, header, n_kept=0):
@@ -33,7 +32,7 @@ class RunLog:
         self.board = SummaryWriter(self.dir, purge_step=first_step + 1)
 
     def write(self, kind, step, **values):
-        """One record, and its numbers as TensorBoard scalars."""
+        """Write one record, and its numbers as TensorBoard scalars."""
         if not self.writes:
             return
         records.append_jsonl(self.file, {"kind": kind, "step": step, **values})
@@ -43,11 +42,11 @@ class RunLog:
                 self.board.add_scalar(f"{kind}/{name}", value, step)
 
     def start_clock(self, step):
-        """Count images_per_s from here: evaluating and saving are left out of it."""
+        """Start measuring images_per_s, so that it excludes evaluating and saving."""
         self.since = time.monotonic(), step
 
     def steps(self, state, means):
-        """The mean of each logged scalar over the steps since the last record."""
+        """Write a record of ``means``, the scalars' means over the steps since the last record."""
         seconds, n_steps = time.monotonic() - self.since[0], state.step - self.since[1]
         rate = {"lr": state.optimizer.param_groups[0]["lr"],
                 "images_per_s": n_steps * state.args["labelled_batch"] / max(seconds, 1e-9)}
@@ -56,7 +55,7 @@ class RunLog:
         self.start_clock(state.step)
 
     def samples(self, name, x, step):
-        """A grid of images [n, 3, H, W] as ``RUN/samples/name.png`` and in TensorBoard."""
+        """Write a grid of images [n, 3, H, W] to ``RUN/samples/name.png`` and TensorBoard."""
         if not self.writes:
             return
         picture = plots.grid(x)

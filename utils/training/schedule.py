@@ -1,4 +1,4 @@
-"""The learning rate of each step, and when the loop does what."""
+"""The learning rate of each step, and when to log, evaluate and save."""
 
 import math
 from typing import NamedTuple
@@ -7,10 +7,10 @@ from utils.program import InputError
 
 
 def learning_rate(step, steps_per_epoch, args):
-    """The rate of a step (from 0 on): linear warm-up from 0, then by --schedule.
+    """The learning rate of a step (0-based): linear warm-up from 0, then --schedule.
 
-    ``steps``: times --decay_rate at each of --decay_epochs. ``cosine``, ``linear``: along a cosine
-    or a line to 0 at the last step.
+    ``steps`` multiplies by --decay_rate at each of --decay_epochs. ``cosine`` and ``linear`` fall
+    along a cosine or a line to 0 at the end of --n_epochs.
     """
     lr = args.lr * {"none": 1, "sqrt": (args.global_batch_size / 64) ** 0.5,
                     "linear": args.global_batch_size / 64}[args.lr_scaling]
@@ -25,8 +25,10 @@ def learning_rate(step, steps_per_epoch, args):
 
 
 def check_past_rates(before, now, step, steps_per_epoch):
-    """InputError where the arguments ``now`` give any of the ``step`` steps that a run has taken
-    another learning rate than the arguments that it took them with."""
+    """InputError if the arguments ``now`` change the learning rate of a step already taken.
+
+    The run has taken ``step`` steps with the arguments ``before``.
+    """
     for taken in range(step):
         was, would_be = (learning_rate(taken, steps_per_epoch, args) for args in (before, now))
         if was != would_be:
@@ -36,9 +38,9 @@ def check_past_rates(before, now, step, steps_per_epoch):
 
 
 class Due(NamedTuple):
-    """What is to be done after a step."""
+    """What to do after a step."""
 
-    look: bool  # at the scalars that the steps left on the device, and for reasons to stop
+    look: bool  # fetch scalars from the device, check them, and check for reasons to stop
     log: bool
     evaluate: bool
     keep: bool  # epoch_NNNN.pt
@@ -46,7 +48,7 @@ class Due(NamedTuple):
 
 
 def due(step, total, steps_per_epoch, look_every, args):
-    """What is ``Due`` after ``step`` steps, of which ``total`` are to be done in this run."""
+    """What is ``Due`` after ``step`` steps. This run ends after ``total`` steps."""
     epoch, position = divmod(step, steps_per_epoch)
     at_end = step == args.n_epochs * steps_per_epoch
     save = (position == 0 or step == total

@@ -1,4 +1,4 @@
-"""--load_path: a run that begins with weights that somebody has."""
+"""--load_path: starting a run from given weights."""
 
 from pathlib import Path
 
@@ -10,12 +10,15 @@ from utils.files import checkpoint
 from utils.files.torch_files import one_line
 from utils.program import InputError
 
-START = "start.pt"  # in RUN: what was loaded, so that the run needs the file no more
+START = "start.pt"  # in RUN: a copy of the loaded state, so that the run no longer needs the file
 
 
 def load_start(args, state):
-    """Put the weights of --load_path, and by --load_buffer its replay buffer, into the fresh
-    ``state``, and keep it as RUN/start.pt. InputError for another network, classes or images."""
+    """Load the weights of --load_path into the new ``state`` and save it as RUN/start.pt.
+
+    --load_buffer also loads the replay buffer. InputError if the network, the classes or the images
+    do not fit.
+    """
     opened = checkpoint.open_any(args.load_path)
     if opened.sha256 != args.load_sha256:
         raise InputError(f"--load_path {args.load_path} changes while it is read: try again")
@@ -38,8 +41,8 @@ def load_start(args, state):
 
 
 def check_network(args, theirs, ours):
-    """Refuse a file of another network, and say which flags describe it."""
-    free = {"bn_momentum", "n_classes"}  # the first is no weight's matter
+    """Refuse a file of another network, and tell which flags describe that network."""
+    free = {"bn_momentum", "n_classes"}  # bn_momentum does not affect the weights
     other = {k: v for k, v in theirs.items() if k not in free and ours.get(k) != v}
     if other or theirs.keys() != ours.keys():
         raise InputError(f"--load_path {args.load_path} is a {described(theirs)}, this run's "
@@ -62,7 +65,7 @@ def typed(words):
 
 
 def check_buffer(args, opened, buffer):
-    """Refuse a replay buffer that this run's chains cannot go on from."""
+    """Refuse a replay buffer that this run's chains cannot continue from."""
     path, theirs = args.load_path, opened.buffer
     if theirs is None:
         raise InputError(f"--load_buffer: {path} holds no replay buffer")
