@@ -5,7 +5,7 @@
     python train_jempp.py --dataset digits --depth 10 --width 1 --run_dir runs/digits
 
 The same command again continues the run. Exit codes: 0 finished, 2 bad input, 3 diverged,
-75 stopped early with its state saved (run again to go on).
+75 stopped early with its state saved (run again to continue).
 """
 
 from utils import start
@@ -39,12 +39,12 @@ from utils.training.start import load_start
 
 
 def in_layout(x, args):
-    """x [B, C, H, W] in the memory layout of the weights."""
+    """Bring x [B, C, H, W] into the memory layout of the weights."""
     return x.contiguous(memory_format=torch.channels_last) if args.channels_last else x
 
 
 def sample_negatives(model, draw, buffer, p0, n, args, streams, y=None):
-    """Algorithm 2, lines 3, 4 and 6: x_0 from the buffer or p_0, a chain, back into the buffer.
+    """Algorithm 2, lines 3, 4 and 6: take x_0 from the buffer or p_0, run a chain, store its end.
 
     ``y`` [n] on the host makes the chains conditional. Returns x_neg [n, C, H, W].
     """
@@ -60,15 +60,15 @@ def sample_negatives(model, draw, buffer, p0, n, args, streams, y=None):
 
 
 def loss_terms(state, draw, batch, buffer, p0, args, streams):
-    """The terms of Eq. 5 for one batch: functions, in the order of the released code's passes, each
-    returning (a term of the loss, what to log of it: scalars on the device, by name).
+    """The terms of Eq. 5 for one batch, as functions in the order of the released code's passes.
 
-    Eq. 2, d(-log p(x)) = dE(x+) - dE(x-), is the terms ``real`` and ``sampled``.
+    Each returns (a term of the loss, {name: scalar on the device} to log). The terms ``real`` and
+    ``sampled`` are Eq. 2, d(-log p(x)) = dE(x+) - dE(x-).
 
-    Each pass has batch statistics of its own, so to batch norm their order matters and joining them
-    would change what is computed. Backpropagate a term before the next is computed: no graph then
-    outlives its pass, and none lies there while the chains run. Called a second time, the terms use
-    the same negative samples (as sharpness-aware minimisation does).
+    Each pass has its own batch statistics. So the order of the passes matters to batch norm, and
+    joining passes would change the result. Backpropagate each term before computing the next. Then
+    no graph outlives its pass, and none takes memory while the chains run. If called again, the
+    terms reuse their negative samples (sharpness-aware minimisation needs this).
     """
     model, net = state.model, state.net
     x_pos, (x_lab, y_lab) = batch
@@ -96,7 +96,7 @@ def loss_terms(state, draw, batch, buffer, p0, args, streams):
 
     def sampled():
         classes = None
-        if args.class_cond_p_x_sample:  # chains drawn per class are draws of p(x) all the same
+        if args.class_cond_p_x_sample:  # chains for uniform y, used as samples of p(x)
             classes = torch.randint(model.config["n_classes"], (len(x_pos),),
                                     generator=streams.host)
         e, saturated = negative_energy("x", classes)
@@ -129,8 +129,10 @@ def loss_terms(state, draw, batch, buffer, p0, args, streams):
 
 
 def backward(parts, net):
-    """Backpropagate the terms of every part of the batch into .grad, averaged over the parts (and
-    the processes, by the last of the passes). Returns the mean of what they log."""
+    """Backpropagate the terms of every part of the batch. Returns the means of the logged scalars.
+
+    Gradients are averaged over the parts. The last pass also averages them over the processes.
+    """
     passes, logs = [term for part in parts for term in part], []
     for i, term in enumerate(passes):
         with accumulating(net) if i < len(passes) - 1 else nullcontext():
@@ -146,15 +148,15 @@ def backward(parts, net):
 
 
 def train_step(args, setup, draw):
-    """Algorithm 2, lines 2 to 6, once. Returns what the terms of the loss log."""
+    """One iteration of Algorithm 2, lines 2 to 6. Returns the means of the logged scalars."""
     state, data = setup.state, setup.data
 
-    # the learning rate of this step
+    # set the learning rate
     lr = learning_rate(state.step, data.steps_per_epoch, args)
     for group in state.optimizer.param_groups:
         group["lr"] = lr * state.lr_factor
 
-    # the parts of the global batch that this process computes, one after the other
+    # prepare this process's parts of the global batch, which it computes one after the other
     parts = []
     for i in range(args.accumulate):
         part = i * distributed.world() + distributed.rank()
@@ -162,7 +164,7 @@ def train_step(args, setup, draw):
         parts.append(loss_terms(state, draw, data.batch(state.step, part), buffer, setup.p0, args,
                                 seed_step(state.seed, state.step, part, data.device)))
 
-    # chains, loss and gradients
+    # run the chains, compute loss and gradients
     state.optimizer.zero_grad(set_to_none=False)  # see build.new_model
     metrics = backward(parts, state.net)
     parameters = list(state.model.parameters())
@@ -170,7 +172,7 @@ def train_step(args, setup, draw):
     if args.sam:
         sharpness_aware(args.sam, state, parts, parameters, args.sam_adaptive)
 
-    # the update
+    # update the weights
     state.optimizer.step()
     if state.average is not None:
         state.average.update_parameters(state.model)
@@ -179,10 +181,12 @@ def train_step(args, setup, draw):
 
 
 def sharpness_aware(radius, state, parts, parameters, adaptive=False):
-    """Replace the gradients by those where the loss is highest, to first order, within ``radius``
-    of the weights w: w + radius * g / |g| (Foret et al., 2021), or, where ``adaptive`` measures
-    each weight by its own size, w + radius * w^2 g / |w g| (Kwon et al., 2021). Only the first pass
-    counts for the running statistics of batch norm."""
+    """Replace the gradients g at the weights w by those at the worst point within ``radius``.
+
+    To first order that point is w + radius * g / |g| (Foret et al., 2021). ``adaptive`` scales by
+    the size of each weight: w + radius * w^2 g / |w g| (Kwon et al., 2021). Only the first pass
+    updates the running statistics of batch norm.
+    """
     with torch.no_grad():
         moves = [p.grad * p.square() if adaptive else p.grad for p in parameters]
         norm = torch.nn.utils.get_total_norm(
@@ -201,7 +205,7 @@ def sharpness_aware(radius, state, parts, parameters, adaptive=False):
 
 
 def train(args, setup, log, stop):
-    """The loop. Returns (reason, detail) of its end; RUN/last.pt then holds the last good state."""
+    """The loop. Returns (reason, detail) of its end. RUN/last.pt then holds the last good state."""
     state, data, run_dir = setup.state, setup.data, Path(args.run_dir)
     draw, guard = make_sampler(args), Guard(args, data.spec.n_classes)
     end = args.n_epochs * data.steps_per_epoch
@@ -212,14 +216,14 @@ def train(args, setup, log, stop):
                disable=distributed.rank() > 0 or None)
     log.start_clock(state.step)
     while state.step < total:
-        # step: what it logs stays on the device
+        # step: the logged scalars stay on the device
         window.append(train_step(args, setup, draw))
         bar.update()
         now = due(state.step, total, data.steps_per_epoch, look_every, args)
         if not now.look:
-            continue  # nothing waits for the device in between
+            continue  # do not wait for the device
 
-        # check: has the run diverged? is it to stop?
+        # check: has the run diverged? should it stop?
         new = fetch(window)
         window.clear()
         stopping = distributed.first(stop.reason())
@@ -255,7 +259,7 @@ def train(args, setup, log, stop):
 
 
 def go_back(args, setup, trouble, log, bar):
-    """Keep what diverged as diverged.pt and roll back, if that is still allowed; whether it was."""
+    """Save the diverged state as diverged.pt and roll back. Returns False if not allowed to."""
     state, (step, cause) = setup.state, trouble
     checkpoint.save(Path(args.run_dir) / "diverged.pt", state,
                     state.step // setup.data.steps_per_epoch)
@@ -270,8 +274,11 @@ def go_back(args, setup, trouble, log, bar):
 
 
 def judged(args, state, data):
-    """The network that is evaluated and published: the one in training or, by --ema, the average of
-    its weights; by --recalibrate_bn with running statistics over so many training images."""
+    """The network that is evaluated and published.
+
+    With --ema it has the averaged weights. With --recalibrate_bn n its running statistics are
+    recomputed over n training images.
+    """
     model = state.model if state.average is None else state.average.module
     distributed.same_buffers(model)
     if args.recalibrate_bn:
@@ -283,17 +290,19 @@ def judged(args, state, data):
 
 
 def evaluate(setup, network, epoch, means, log):
-    """Accuracies of ``network`` in eval mode, a picture of the buffer, and best.pt, chosen by
-    validation alone (without validation images: the latest)."""
+    """Log the accuracies of ``network`` in eval mode and a picture of the buffer. Update best.pt.
+
+    best.pt is chosen by validation accuracy. Without validation images it is the latest.
+    """
     state = setup.state
     scores = {"valid_accuracy": accuracy(network, setup.valid),
               "test_accuracy": accuracy(network, setup.test)}
     log.write("eval", state.step, epoch=epoch, **scores)
     if state.buffer is not None:
         x = state.whole_buffer()
-        every = max(1, len(x) // 100)  # evenly spaced over the slots and so over the classes
+        every = max(1, len(x) // 100)  # evenly spaced slots cover all classes
         log.samples(f"epoch_{epoch:04d}", x[::every][:100], state.step)
-    if not state.is_finite(network):  # as --recalibrate_bn may make it
+    if not state.is_finite(network):  # --recalibrate_bn can cause this
         say("best.pt is left as it is: the network's running statistics are not all finite")
     elif scores["valid_accuracy"] is None or scores["valid_accuracy"] > state.best:
         state.best = scores["valid_accuracy"] or -1.0
@@ -327,12 +336,12 @@ def main(argv=None):
         if refused := distributed.first(refused):
             raise InputError(refused)
         code = run(args, run_dir, setup)
-    distributed.barrier()  # nobody leaves while another still needs it
+    distributed.barrier()  # no process exits while another still needs it
     return code
 
 
 def run(args, run_dir, setup):
-    """Resume if there is something to resume, train, close the log; the exit code."""
+    """Resume the run or start it, train, close the log. Returns the exit code."""
     state, data = setup.state, setup.data
     resumed = resume(run_dir, setup, args)
     if resumed is not None:
@@ -340,7 +349,7 @@ def run(args, run_dir, setup):
     elif args.load_path:
         opened = load_start(args, state)
         say(f"starting with the weights of {args.load_path} (SHA-256 {opened.sha256[:8]})")
-    distributed.barrier()  # all have read what the first may now replace
+    distributed.barrier()  # all ranks have read the files that rank 0 may now replace
     if distributed.rank() == 0:
         records.write_json(run_dir / "args.json", vars(args))
     header = {"args": vars(args), "env": records.environment(data.device),

@@ -24,15 +24,17 @@ def energy(logits, y=None):
 
 def gradient_at(model, leaf, y):
     """dE/dx of the sum of energies at ``leaf`` [B, C, H, W], which requires a gradient."""
-    # forward: a compiled model's own graph would end where the energy begins
+    # call forward, because a compiled model's own graph would end before the energy
     (gradient,) = torch.autograd.grad(energy(model.forward(leaf), y).sum(), leaf)
     return gradient
 
 
 @contextmanager
 def frozen(model):
-    """Parameters as constants inside the block: of a gradient with respect to the input, what
-    concerns them is then not even recorded (and torch.compile leaves it out of its kernels)."""
+    """Make parameters constants inside the block.
+
+    Then autograd records nothing for them, and torch.compile leaves them out of its kernels.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)
     try:
@@ -44,8 +46,8 @@ def frozen(model):
 
 class JEM(nn.Module):
     """A network with a ``stem`` (f_0) and a ``trunk`` (g), and the densities its logits define.
-    What a network has to offer is said in models/networks.py.
 
+    models/networks.py describes networks.
     ``bf16``: run all but the last layer under bfloat16 autocast. Weights, batch statistics, logits,
     energies and losses stay float32.
     """
@@ -59,8 +61,11 @@ class JEM(nn.Module):
 
     @classmethod
     def build(cls, network="wrn", **words):
-        """A JEM over the network of that name, built by its ``words``; ``JEM.build(**its.config)``
-        is another of the same kind. ValueError for a name or words that make no network."""
+        """A JEM over the network of that name, built with the arguments ``words``.
+
+        ``JEM.build(**model.config)`` builds another one like ``model``. ValueError for an unknown
+        name or impossible arguments.
+        """
         model = cls(network_class(network)(**words))
         model.config = {"network": network, **model.config}
         return model
@@ -78,8 +83,10 @@ class JEM(nn.Module):
         return energy(self(x), y)
 
     def energy_gradient(self, x, y=None):
-        """dE/dx [B, 3, H, W] at images x, of E(x) or E(x, y), by one pass forward and one back;
-        no parameter gets one."""
+        """dE/dx [B, 3, H, W] of E(x) or E(x, y), by one forward and one backward pass.
+
+        No parameter gets a gradient.
+        """
         with torch.enable_grad():
             return self.gradient_at(self, x.detach().requires_grad_(), y)
 

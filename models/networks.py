@@ -2,16 +2,16 @@
 
 A network is a module with three attributes:
 
-- ``stem``, the paper's f_0, which images [B, 3, H, W] in [-1, 1] go through first;
-- ``trunk``, the paper's g, an ``nn.Sequential`` that makes logits [B, K] of the stem's output, its
-  last part the linear layer: what comes before are the penultimate features [B, D];
-- ``config``, the words its class is called with to build it again. ``n_classes`` is one.
+- ``stem``, the paper's f_0, the layers that images [B, 3, H, W] in [-1, 1] pass first.
+- ``trunk``, the paper's g, an ``nn.Sequential`` from the stem's output to logits [B, K]. Its last
+  part is the linear layer, whose inputs are the penultimate features [B, D].
+- ``config``, the class's arguments that build it again. ``n_classes`` is one of them.
 
-f(x) = trunk(stem(x)). PYLD costs as little as it does where the stem is affine (one convolution or
-linear layer): for another stem, train with --literal_pyld. The class gives each word a default. A
-word that has a flag of its name (--depth, --width, --norm, --bn_momentum, --stride_first) is set by
-it. A ValueError for words that make no sense becomes the user's one line. A class may also have
-``title(words)``, its name for people as a function of its words.
+f(x) = trunk(stem(x)). PYLD's short cut needs an affine stem (one convolution or linear layer). For
+another stem, train with --literal_pyld. The class gives each argument a default. Flags of the same
+name (--depth, --width, --norm, --bn_momentum, --stride_first) set it. A ValueError for impossible
+arguments becomes a one-line message. A class may also have ``title(words)``, its display name as a
+function of its arguments.
 """
 
 import inspect
@@ -26,21 +26,23 @@ NETWORKS = {
 
 
 def network_class(name):
-    """The class of a network; ValueError for a name that is not in the table."""
+    """The class of a network. ValueError for a name that is not in the table."""
     if name not in NETWORKS:
         raise ValueError(f"no network {name!r}: there are {', '.join(NETWORKS)}")
     return NETWORKS[name]
 
 
 def network_words(name):
-    """{word: its default} of a network, but for the number of classes, which the data decide."""
+    """{argument: default} of a network, without ``n_classes``, which the data set determines."""
     parameters = inspect.signature(network_class(name)).parameters.values()
     return {p.name: p.default for p in parameters if p.name != "n_classes"}
 
 
 def network_name(words):
-    """A network's name for people, "WRN-28-10", from its config or from arguments with its words.
-    Those of before there was a choice are a Wide-ResNet's."""
+    """A network's display name, such as "WRN-28-10", from its config or a run's arguments.
+
+    Old configs do not name their network. They are Wide-ResNets.
+    """
     name = words.get("network") or "wrn"
     title = getattr(NETWORKS.get(name), "title", None)
     return title(words) if title else name

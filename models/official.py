@@ -1,11 +1,11 @@
 """Read checkpoints of others: the released files of JEM, JEM++ and SADA-JEM, and bare weights.
 
 Released files hold ``{"model_state_dict": ..., "replay_buffer": [n, 3, H, W]}`` or a bare state
-dict, in PyTorch's zip or pre-1.6 format. Depth, width, norm and class count are read off the
-shapes. JEM++ files repeat tensors (``f.layer_one``, ``f.other_layers``), JEM files carry an unused
-``f.linear``, and both an ``energy_output`` head that the classifier's energy does not use. Weights
-under our own names are read alike, and whatever DataParallel, torch.compile and averaging put
-before the names. What is none of these is a ValueError.
+dict, in PyTorch's zip or pre-1.6 format. Depth, width, norm and class count follow from the shapes.
+JEM++ files repeat tensors (``f.layer_one``, ``f.other_layers``). JEM files have an unused
+``f.linear``. Both have an ``energy_output`` head that the classifier's energy does not use. Weights
+under our own names are read too. Prefixes of DataParallel, torch.compile and averaging are dropped.
+Anything else is a ValueError.
 """
 
 import re
@@ -14,10 +14,10 @@ import torch
 
 from models.jem import JEM
 
-WRAPPERS = ("model_state_dict", "state_dict", "model")  # entries that weights are saved as
+WRAPPERS = ("model_state_dict", "state_dict", "model")  # keys under which weights are saved
 PREFIXES = {"module", "_orig_mod"}  # of DataParallel and AveragedModel, and of torch.compile
 REPEATED_OR_UNUSED = re.compile(r"f\.layer_one\.|f\.other_layers\.|f\.linear\.|energy_output\.|"
-                                r"n_averaged$")  # the last is AveragedModel's count
+                                r"n_averaged$")  # n_averaged is AveragedModel's count
 RENAMED = (  # (pattern, ours), after the prefixes are dropped
     (re.compile(r"f\.conv1\."), "stem."),
     (re.compile(r"f\.(layer\d\.\d+)\.bn([12])\."), r"trunk.\1.norm\2."),
@@ -30,13 +30,13 @@ RENAMED = (  # (pattern, ours), after the prefixes are dropped
 
 
 def is_official(content):
-    """Whether a loaded file looks like one of these (by its keys, not its name)."""
+    """Whether a loaded file looks like one of these, judged by its keys."""
     state = state_dict_of(content)
     return state is not None and any(bare(k).startswith(("f.", "stem.", "trunk.")) for k in state)
 
 
 def state_dict_of(content):
-    """The dictionary of tensors in ``content``, out of its wrappers; or None."""
+    """The dictionary of tensors in ``content``, without its wrappers, or None."""
     while isinstance(content, dict) and (inside := [k for k in WRAPPERS if k in content]):
         content = content[inside[0]]
     if not isinstance(content, dict) or not content:
@@ -46,12 +46,12 @@ def state_dict_of(content):
 
 
 def bare(key):
-    """A tensor's name without prefixes, wherever they stand."""
+    """A tensor's name without prefixes, which may be anywhere in it."""
     return ".".join(part for part in key.split(".") if part not in PREFIXES)
 
 
 def our_name(key):
-    """Our name of a released tensor, None for one that is repeated or unused."""
+    """Our name for a released tensor, or None if it is repeated or unused."""
     key = bare(key)
     if REPEATED_OR_UNUSED.match(key):
         return None

@@ -1,14 +1,14 @@
-"""torchvision's ResNet-18 for small images: a 3x3 stem of stride 1, and no max-pool behind it."""
+"""torchvision's ResNet-18 for small images: a 3x3 stem of stride 1 and no max-pooling."""
 
 from torch import nn
 
 
 class ResNet18(nn.Module):
-    """Images [B, 3, H, W] (any range) to logits [B, K]; 11,173,962 parameters for ten classes."""
+    """Images [B, 3, H, W] (any range) to logits [B, K]. 11,173,962 parameters for ten classes."""
 
     def __init__(self, n_classes=10):
         super().__init__()
-        from torchvision.models import resnet18  # here: seconds, which no other network waits for
+        from torchvision.models import resnet18  # here, because the import takes seconds
 
         net = resnet18(num_classes=n_classes)
         self.config = {"n_classes": n_classes}

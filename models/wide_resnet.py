@@ -27,13 +27,15 @@ def make_norm(norm, channels, bn_momentum):
 
 
 def make_act(norm):
-    """LeakyReLU(0.2), over the norm layer's output, which nothing else reads; where there is no
-    such layer its input is also the shortcut's and must stay."""
+    """LeakyReLU(0.2), in place if there is a norm layer, whose output nothing else reads.
+
+    Without a norm layer, the shortcut reads the same input, so it must not change.
+    """
     return nn.LeakyReLU(0.2, inplace=norm != "none")
 
 
 class Block(nn.Module):
-    """norm, LeakyReLU, 3x3 conv, twice, beside the identity (or a 1x1 conv where shapes differ)."""
+    """Twice (norm, LeakyReLU, 3x3 conv), plus the identity or, if shapes differ, a 1x1 conv."""
 
     def __init__(self, in_channels, channels, stride, norm, bn_momentum, stride_first):
         super().__init__()

@@ -1,6 +1,6 @@
-"""Samplers: all of them descend the energy, and none gives a parameter a gradient.
+"""Samplers. They all descend the energy, and none gives a parameter a gradient.
 
-``make_sampler`` turns the flags into the one draw function that training and evaluation share.
+``make_sampler`` turns the flags into the draw function that training and evaluation share.
 The caller sets the network's train or eval mode.
 """
 
@@ -16,9 +16,11 @@ __all__ = ["ClassGaussians", "ReplayBuffer", "UniformInit", "make_init", "make_s
 
 
 def make_sampler(args):
-    """Flags (n_steps, in_steps, pyld_lr, sgld_lr, sgld_std, eps, step_decay, pixel_clamp,
-    literal_pyld) to ``draw(model, x_0, y=None, generator=None) -> x``: PYLD-M-N, or SGLD-M where
-    in_steps is 0."""
+    """Make ``draw(model, x_0, y=None, generator=None) -> x``: PYLD-M-N, or SGLD-M if in_steps is 0.
+
+    ``args`` holds the flags n_steps, in_steps, pyld_lr, sgld_lr, sgld_std, eps, step_decay,
+    pixel_clamp and literal_pyld.
+    """
     shared = {"clip": args.eps, "noise_std": args.sgld_std, "step_decay": args.step_decay,
               "pixels": PIXELS if args.pixel_clamp else None}
     if args.in_steps:
@@ -34,15 +36,17 @@ def make_sampler(args):
 
 
 def sampler_name(args):
-    """What the flags make, in the paper's words: "PYLD-10-5", or "SGLD-20"."""
+    """The sampler's name in the paper's terms, "PYLD-10-5" or "SGLD-20"."""
     if args.in_steps:
         return f"PYLD-{args.n_steps}-{args.in_steps}"
     return f"SGLD-{args.n_steps}"
 
 
 def make_init(name, x, y, n_classes, compiled=False):
-    """p_0 by name: ``informative``, estimated from images ``x`` uint8 [n, C, H, W] with labels
-    ``y`` [n] (ValueError where a class has none), or ``uniform`` noise of their shape."""
+    """p_0 by name: ``informative``, estimated from images, or ``uniform`` noise of their shape.
+
+    Images ``x`` are uint8 [n, C, H, W] with labels ``y`` [n]. ValueError if a class has no image.
+    """
     if name == "uniform":
         return UniformInit(x.shape[1:], x.device)
     return ClassGaussians.fit(x, y, n_classes, compiled=compiled)

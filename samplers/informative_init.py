@@ -4,12 +4,12 @@ import torch
 
 
 def to_pixels(images):
-    """uint8 [..., 0..255] to float32 in [-1, 1]: the one conversion on the way in."""
+    """Convert uint8 in 0..255 to float32 in [-1, 1]. All input goes through here."""
     return images.float().div_(127.5).sub_(1)
 
 
 def weighted_sum(z, images):
-    """z [n] @ images [n, d] of uint8, float32 [d]; compiled, one pass over what lies there."""
+    """z [n] @ uint8 images [n, d], as float32 [d]. Compiled, it is one pass over the images."""
     return (z[:, None] * images.float()).sum(0)
 
 
@@ -21,18 +21,20 @@ class ClassGaussians:
         mu + (z - mean(z)) @ X / sqrt(n) + sqrt(ridge) * eps
 
     has mean mu and covariance Sigma + ridge * I exactly, and costs one pass over the class. The
-    data set is all the state there is, in a uint8 copy that lies class by class: nothing to fit for
-    minutes, nothing to cache, and 100 classes take no more memory than 10.
+    only state is a uint8 copy of the data set, sorted by class. So there is no slow fit and no
+    cache, and 100 classes take no more memory than 10.
     """
 
     ridge = 1e-4
-    rows = 512  # images that become floats at a time: they stay in a CPU's cache
-    few = 8  # draws of one class for which one pass each beats a matrix product, if compiled
+    rows = 512  # images converted to floats at a time, so that they fit a CPU's cache
+    few = 8  # up to this many draws of a class, compiled passes are faster than a matrix product
 
     @classmethod
     def fit(cls, x, y, n_classes, pixels=(-1.0, 1.0), compiled=False):
-        """Images ``x`` uint8 [n, C, H, W] and labels ``y`` [n]; every class must be there.
-        ``compiled``: draw few at a time by torch.compile on a CPU."""
+        """Fit to images ``x`` uint8 [n, C, H, W] with labels ``y`` [n].
+
+        ``compiled``: use torch.compile for few draws on a CPU. ValueError if a class has no image.
+        """
         self = cls()
         self.pixels, self.shape, self.device = pixels, tuple(x.shape[1:]), x.device
         counts = y.cpu().bincount(minlength=n_classes)
@@ -92,5 +94,5 @@ class UniformInit:
         self.shape, self.device = tuple(shape), device
 
     def sample(self, n, y=None, *, host, generator):
-        """Draw x [n, C, H, W]; ``y`` and ``host`` are taken for ClassGaussians' sake."""
+        """Draw x [n, C, H, W]. ``y`` and ``host`` are ignored. ClassGaussians needs them."""
         return torch.rand(n, *self.shape, device=self.device, generator=generator) * 2 - 1

@@ -1,4 +1,4 @@
-"""PYLD-M-N, proximal YOPO SGLD: Algorithm 1 as written, and what it comes to for a conv stem."""
+"""PYLD-M-N, proximal YOPO SGLD: Algorithm 1 as written, and a short cut for a conv stem."""
 
 import torch
 from torch import nn
@@ -28,9 +28,9 @@ def pyld(model, x, *, n_outer, n_inner, step_size, clip, noise_std=0.0, step_dec
          pixels=PIXELS, generator=None):
     """Algorithm 1, line by line: M = ``n_outer``, N = ``n_inner``, epsilon = ``clip``.
 
-    x [B, 3, H, W] in ``pixels``; ``y`` [B] makes the chain conditional (it descends E(x, y));
-    ``step_size`` is the step of one inner loop turn, 0.2 in the released code (see sgld.py); in
-    outer step i it is ``step_decay`` ** i as long.
+    x [B, 3, H, W] is in ``pixels``. ``y`` [B] makes the chain conditional: it descends E(x, y).
+    ``step_size`` is the step of one inner iteration, 0.2 in the released code (see sgld.py). In
+    outer step i it is multiplied by ``step_decay`` ** i.
     """
     for i in range(n_outer):
         p = slack_variable(model, x, y)                                   # line 4
@@ -46,11 +46,11 @@ def pyld(model, x, *, n_outer, n_inner, step_size, clip, noise_std=0.0, step_dec
 
 def pyld_collapsed(model, x, *, n_outer, n_inner, step_size, clip, noise_std=0.0, step_decay=1.0,
                    y=None, pixels=PIXELS, generator=None):
-    """What ``pyld`` computes, for the price of its outer loop, when the stem is affine.
+    """Compute the same as ``pyld`` at the cost of its outer loop. The stem must be affine.
 
     p . grad f_0(x) does not depend on x for an affine f_0, so the N inner steps repeat one clamped
-    step of proximal SGLD. A convolution is affine. ValueError for a stem that is not known to be:
-    that one needs ``pyld``.
+    step of proximal SGLD. A convolution is affine. ValueError for a stem that is not known to be
+    affine. That needs ``pyld``.
     """
     if not is_affine(model.stem):
         raise ValueError("the stem is not affine, which PYLD's short cut needs: add --literal_pyld "

@@ -6,7 +6,7 @@ import torch
 class ReplayBuffer:
     """|B| images [|B|, C, H, W] on the training device, filled from p_0 at the start.
 
-    Where chains are drawn per class, class y owns the y-th of ``n_classes`` equal blocks of slots.
+    If chains are drawn per class, class y owns the y-th of ``n_classes`` equal blocks of slots.
     Choices (which slot, which chain starts anew) are drawn on the host, so that an iteration never
     waits for the device.
     """
@@ -16,7 +16,7 @@ class ReplayBuffer:
 
     @classmethod
     def fill(cls, size, init, n_classes, *, per_class, host, generator):
-        """A new buffer of ``size`` images drawn from ``init``; ``per_class``: block by block."""
+        """A new buffer of ``size`` images from ``init``. ``per_class`` fills it block by block."""
         y = torch.arange(size) * n_classes // size if per_class else None
         return cls(init.sample(size, y, host=host, generator=generator), n_classes)
 
@@ -24,8 +24,10 @@ class ReplayBuffer:
         return len(self.images)
 
     def share(self, part, parts):
-        """Every ``parts``-th slot from ``part`` on as a buffer of its own over the same memory;
-        blocks of classes stay blocks."""
+        """Every ``parts``-th slot from ``part`` on, as a buffer over the same memory.
+
+        Blocks of classes remain blocks.
+        """
         return ReplayBuffer(self.images[part::parts], self.n_classes)
 
     def slots(self, n, y=None, *, host):
@@ -37,8 +39,11 @@ class ReplayBuffer:
         return first + (torch.rand(n, generator=host) * (last - first)).long()
 
     def draw(self, n, init, reinit_freq, y=None, *, host, generator):
-        """x_0 [n, C, H, W] and the slots it came from; each chain starts anew from ``init`` with
-        probability ``reinit_freq`` (rho), and only those are drawn. ``y`` [n] is on the host."""
+        """x_0 [n, C, H, W] and its slots [n]. ``y`` [n] is on the host.
+
+        Each chain starts anew from ``init`` with probability ``reinit_freq`` (rho). Only those
+        chains draw from ``init``.
+        """
         slots = self.slots(n, y, host=host)
         anew = (torch.rand(n, generator=host) < reinit_freq).nonzero().squeeze(1)
         x_0 = self.images[self.on_device(slots)]
@@ -51,8 +56,8 @@ class ReplayBuffer:
     def store(self, slots, x):
         """Put the chains' end points back where they came from (Algorithm 2, line 6).
 
-        Of the chains that were drawn from one slot the last is kept: one writer per slot, or the
-        result would depend on the threads' order.
+        If several chains came from one slot, the last is kept. With several writers per slot, the
+        result would depend on the order of threads.
         """
         chain = {slot: i for i, slot in enumerate(slots.tolist())}
         rows = self.on_device(torch.tensor(list(chain.values())))

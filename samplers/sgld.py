@@ -13,7 +13,7 @@ PIXELS = (-1.0, 1.0)
 
 
 def input_gradient(energy_fn, x):
-    """The gradient of the *sum* of energies with respect to x [B, ...]; no parameter gets one."""
+    """The gradient of the *sum* of energies with respect to x [B, ...]. Parameters get none."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(energy_fn(x).sum(), x)
@@ -21,7 +21,7 @@ def input_gradient(energy_fn, x):
 
 
 def move(x, step, pixels):
-    """x - step, back inside the pixel range (low, high) unless ``pixels`` is None."""
+    """x - step, clamped to the pixel range (low, high) unless ``pixels`` is None."""
     x = x - step
     return x if pixels is None else x.clamp_(*pixels)
 
@@ -43,14 +43,15 @@ def descend(gradient_fn, x, *, n_steps, step_size, clip=math.inf, noise_std=0.0,
             step_decay=1.0, pixels=PIXELS, generator=None):
     """Run ``n_steps`` of proximal SGLD (Eq. 10) from x [B, C, H, W] and return the end points.
 
-    x <- x - step_size * clamp(grad E(x), -clip, clip) + noise_std * N(0, 1), with grad E(x) by
-    ``gradient_fn`` (images to the gradient of the sum of their energies) and ``clip`` the
-    paper's epsilon; clip = inf is plain SGLD (Eq. 3). After each move x is clamped to ``pixels``.
-    Step i is ``step_decay`` ** i as long as the first.
-    ``repeats`` = N takes each clamped step N times for one gradient: PYLD with an affine first
-    layer (see ``pyld.pyld_collapsed``). Two clamps give exactly the N of the loop, also where noise
-    left x outside the range: the first brings it in, and from inside, N - 1 equal steps clamped
-    each time end where one long step clamped once does.
+    x <- x - step_size * clamp(grad E(x), -clip, clip) + noise_std * N(0, 1). ``gradient_fn`` maps
+    images to grad E(x), the gradient of the sum of their energies. ``clip`` is the paper's epsilon.
+    clip = inf is plain SGLD (Eq. 3). After each move x is clamped to ``pixels``. Step i is
+    multiplied by ``step_decay`` ** i.
+
+    ``repeats`` = N takes each clamped step N times for one gradient. This is PYLD with an affine
+    first layer (see ``pyld.pyld_collapsed``). Two clamps give exactly the result of the loop's N,
+    even if noise left x outside the range. The first brings x inside. From there, N - 1 equal steps
+    clamped each time end where one long step clamped once does.
     """
     for i in range(n_steps):
         step = step_size * step_decay**i * gradient_fn(x).clamp(-clip, clip)

@@ -1,4 +1,4 @@
-"""What the flags mean together: resolved, or refused in one line."""
+"""Resolves flags that depend on each other, and refuses combinations that do not fit."""
 
 import argparse
 import contextlib
@@ -17,18 +17,18 @@ from utils.files.records import jsonable, read_json
 from utils.own_images import is_own
 from utils.program import InputError, parser, say
 
-# Flags that only say how far, how often or on what to run. A resumed run may change them. So may it
-# the guard's bounds: they alter no step, only which steps are undone, and each resume line of
-# train.jsonl tells those in force from there on. A run that the guard ended could not go on else.
+# Flags that a resumed run may change. They only say how far, how often or on what to run. The
+# guard's bounds are among them: they change no step, only which steps are undone. Otherwise a run
+# that the guard ended could not continue. Each resume line of train.jsonl records the bounds.
 FREE = {"max_steps", "max_minutes", "ckpt_steps", "print_every", "keep_every", "on_divergence",
         "max_rollbacks", "num_threads", "run_dir", "data_root", "download", "device", "dry_run",
         "compile", "fast", "cudnn_benchmark", "batch_size", "accumulate", "dist_timeout",
         "max_loss", "max_gap", "max_saturated", "min_accuracy_ratio", "good_after"}
-# Flags that a resumed run may change as long as the rate of every step taken stays what it was.
+# Flags that a resumed run may change if the learning rates of all past steps stay the same.
 SCHEDULE = {"n_epochs", "decay_epochs"}
-# What belongs to a data set.
+# Settings that belong to a data set.
 DATA = ("image_size", "n_valid", "n_train", "labels_per_class", "pad", "flip", "class_names")
-# Flags of the machine: of a checkpoint's, an evaluation takes none.
+# Flags of the machine. An evaluation does not take them from the checkpoint.
 MACHINE = {"device", "num_threads", "channels_last", "data_root", "download"}
 
 
@@ -42,13 +42,16 @@ def train_parser():
 
 
 def train_args(argv=None):
-    """The resolved arguments of a training command. InputError for what does not go together."""
+    """The resolved arguments of a training command. InputError if they do not fit together."""
     return resolve(train_parser().parse_args(argv))
 
 
 def evaluation_args(argv, evaluations):
-    """(how to measure, what else was typed) of an evaluation command: a Namespace of the flags of
-    eval_jempp.py alone, and a dict of the typed flags that override the checkpoint's."""
+    """Parse an evaluation command into (protocol, overrides).
+
+    ``protocol`` is a Namespace of the flags that only eval_jempp.py has. ``overrides`` is a dict of
+    the other typed flags, which override the checkpoint's.
+    """
     p = parser("Evaluate checkpoints: ours, and the released files of JEM, JEM++ and SADA-JEM.")
     flags.add_evaluation(p, evaluations)
     alone = vars(p.parse_args(["--load_path", "x", "--eval", next(iter(evaluations))]))
@@ -65,8 +68,11 @@ def evaluation_args(argv, evaluations):
 
 
 def evaluation_settings(saved, typed, protocol):
-    """All settings of one checkpoint's evaluation as a dict: the defaults, what its file says
-    (``saved``, or None), what was typed, and how to measure."""
+    """All settings for evaluating one checkpoint, as a dict.
+
+    Later sources override earlier ones: the defaults, the file's arguments ``saved`` (or None), the
+    ``typed`` flags, and ``protocol``.
+    """
     if saved is not None:
         check_values(saved)
     saved_root = (saved or {}).get("data_root")
@@ -74,10 +80,10 @@ def evaluation_settings(saved, typed, protocol):
              if k not in MACHINE}
     defaults = vars(train_args(["--dataset", typed["dataset"]] if "dataset" in typed else []))
     if "dataset" in typed and typed["dataset"] != saved.get("dataset"):
-        for name in DATA:  # those are another data set's
+        for name in DATA:  # they belong to the other data set
             saved.pop(name, None)
     merged = defaults | saved | typed | vars(protocol)
-    for name in ("image_size", "n_valid"):  # typed as such, or not at all
+    for name in ("image_size", "n_valid"):  # None means the data set's default
         if merged[name] is None and not is_own(merged["dataset"]):
             merged[name] = defaults[name]
     if saved and "class_names" not in saved and "dataset" not in typed:  # an older run's
@@ -94,7 +100,7 @@ def print_json(options):
 
 
 def resolve(args):
-    """Fill in what depends on other flags, and refuse what does not go together."""
+    """Fill in values that depend on other flags. InputError if flags do not fit together."""
     spec = spec_of(args.dataset)
     resolve_data(args, spec)
     resolve_network(args)
@@ -114,7 +120,7 @@ def resolve(args):
 
 
 def resolve_data(args, spec):
-    """What the data set decides where it was not typed, and the names of its classes."""
+    """Fill in the data set's defaults and the names of its classes."""
     args.image_size = spec.image_size(args.image_size)
     args.n_valid = spec.n_valid if args.n_valid is None else args.n_valid
     if args.pad is None:
@@ -127,8 +133,7 @@ def resolve_data(args, spec):
 
 
 def resolve_network(args):
-    """The words of --network: what was typed, or its own defaults. A flag that it has no use for
-    is refused, and stays None where none was typed."""
+    """Fill in the defaults of --network. Flags that it does not have are refused and stay None."""
     words = network_words(args.network)
     every = {word for name in NETWORKS for word in network_words(name)}
     for word in sorted(every):
@@ -140,9 +145,9 @@ def resolve_network(args):
 
 
 def check_stem(args):
-    """InputError for words that make no network, and a stem that PYLD's short cut is wrong for."""
+    """InputError if the flags make no network, or if PYLD's short cut is wrong for its stem."""
     try:
-        with torch.device("meta"):  # no memory, no time
+        with torch.device("meta"):  # takes no memory and no time
             stem = JEM.build(args.network, **network_config(args)).stem
     except ValueError as error:
         raise InputError(f"--network {args.network}: {error}") from error
@@ -153,13 +158,16 @@ def check_stem(args):
 
 
 def network_config(args):
-    """The words of the network that the flags describe, but for the number of classes."""
+    """The arguments of the network that the flags describe, without the number of classes."""
     return {word: getattr(args, word) for word in network_words(args.network)}
 
 
 def resolve_start(args):
-    """``load_sha256``, the hash of --load_path. A run that has started goes on from its own
-    checkpoint and keeps the hash that it noted: the file may have gone or changed since."""
+    """Set ``load_sha256``, the hash of --load_path.
+
+    A run that has started continues from its own checkpoint and keeps the hash that it recorded.
+    The file may have been deleted or changed since.
+    """
     path, run_dir = args.load_path, Path(args.run_dir)
     if path is None and (args.load_buffer or not args.load_head):
         raise InputError("--load_buffer and --no-load_head say what to take of --load_path FILE")
@@ -168,7 +176,7 @@ def resolve_start(args):
         return
     saved = None
     if any(run_dir.glob("*.pt")):
-        with contextlib.suppress(FileNotFoundError, ValueError):  # check_run_dir tells
+        with contextlib.suppress(FileNotFoundError, ValueError):  # check_run_dir reports these
             saved = read_json(run_dir / "args.json")
     if isinstance(saved, dict) and saved.get("load_path") == path:
         args.load_sha256 = saved.get("load_sha256")
@@ -177,7 +185,7 @@ def resolve_start(args):
 
 
 def resolve_batches(args):
-    """--batch_size, --global_batch_size and --labelled_batch from whichever were typed."""
+    """Compute --batch_size, --global_batch_size and --labelled_batch from those that were typed."""
     parts = n_parts(args)
     words = f"{distributed.world()} processes x --accumulate {args.accumulate}"
     if args.global_batch_size is None:
@@ -197,7 +205,7 @@ def resolve_batches(args):
 
 
 def check_sampler(args):
-    """InputError for sampler flags that do not go together."""
+    """InputError for sampler flags that do not fit together."""
     if args.in_steps == 0 and args.sgld_lr == 0:
         raise InputError("--in_steps 0 is SGLD: give its step with --sgld_lr (JEM: 1)")
     if args.in_steps and args.sgld_lr:
@@ -205,7 +213,7 @@ def check_sampler(args):
 
 
 def check_together(args):
-    """InputError for training flags that do not go together."""
+    """InputError for training flags that do not fit together."""
     if args.p_x_weight + args.p_y_given_x_weight + args.p_x_y_weight == 0:
         raise InputError("all loss weights are 0: nothing to train")
     if args.shared_batch and args.labelled_batch != args.global_batch_size:
@@ -234,17 +242,17 @@ def check_together(args):
 
 
 def per_class(args):
-    """Whether any chain is drawn for a given class."""
+    """Whether chains are drawn for given classes."""
     return args.class_cond_p_x_sample or args.p_x_y_weight > 0
 
 
 def n_parts(args):
-    """How many parts of --batch_size images a step's global batch has."""
+    """The number of parts, of --batch_size images each, in a step's global batch."""
     return distributed.world() * args.accumulate
 
 
 def check_values(saved):
-    """InputError for a value among ``saved`` arguments that no command line could have given."""
+    """InputError if one of the ``saved`` arguments has a value that its flag does not accept."""
     def refuse(message):
         raise InputError(f"a run's arguments hold what no flag takes: {message[:200]}")
 
@@ -264,19 +272,20 @@ def check_values(saved):
 
 
 def completed(saved):
-    """``saved`` arguments of a run, with those that it does not know (flags are added now and then)
-    at their defaults."""
+    """The ``saved`` arguments of a run. Flags that are newer than the run get their defaults."""
     check_values(saved)
     known = vars(train_parser().parse_args([]))
     args = argparse.Namespace(**known | saved)
-    args.batch_size, args.accumulate = None, 1  # a matter of how many processes there are
+    args.batch_size, args.accumulate = None, 1  # they depend on the number of processes
     return saved | {k: v for k, v in jsonable(vars(resolve(args))).items() if k not in saved}
 
 
 def check_same_run(path, saved, now):
-    """Refuse to continue a run (its ``saved`` arguments lie at ``path``) under other arguments,
-    showing the difference. A flag that the run does not know counts as its default. Returns the
-    saved arguments, completed by those."""
+    """Refuse to continue a run under other arguments, and show the difference.
+
+    The run's ``saved`` arguments come from ``path``. A flag that is newer than the run counts as
+    its default. Returns the saved arguments, completed by such flags.
+    """
     now = jsonable(now)
     try:
         before = completed(saved)
@@ -297,7 +306,7 @@ def check_same_run(path, saved, now):
 
 
 def check_run_dir(run_dir, args):
-    """Refuse a run folder that holds a run with other arguments, or is no folder."""
+    """InputError if ``run_dir`` holds a run with other arguments, or is a file."""
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"--run_dir {run_dir} is a file")
     path = run_dir / "args.json"
