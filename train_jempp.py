@@ -290,7 +290,8 @@ def judged(args, state, data):
 
 
 def evaluate(setup, network, epoch, means, log):
-    """Log the accuracies of ``network`` in eval mode and a picture of the buffer. Update best.pt.
+    """Log the accuracies of ``network`` in eval mode. Draw the buffer and the run's curves. Update
+    best.pt.
 
     best.pt is chosen by validation accuracy. Without validation images it is the latest.
     """
@@ -298,6 +299,7 @@ def evaluate(setup, network, epoch, means, log):
     scores = {"valid_accuracy": accuracy(network, setup.valid),
               "test_accuracy": accuracy(network, setup.test)}
     log.write("eval", state.step, epoch=epoch, **scores)
+    log.curves()
     if state.buffer is not None:
         x = state.whole_buffer()
         every = max(1, len(x) // 100)  # evenly spaced slots cover all classes

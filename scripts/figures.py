@@ -2,11 +2,12 @@
 """Figures over several runs, or without a run: centres, learning curves, evolution, robustness.
 
     python scripts/figures.py p0 --dataset cifar10 --out p0.png                     # Figs 2, 7, 8
+    python scripts/figures.py curves runs/a runs/b --out curves.png                 # all logged
     python scripts/figures.py curves --line M=10 runs/a runs/b --out fig5.png       # Fig. 5
     python scripts/figures.py evolution --records fig6.jsonl --out fig6.png         # Fig. 6
     python scripts/figures.py robustness --records fig9.jsonl --out fig9            # Fig. 9
 
-``curves`` also writes its points to --records FILE.
+``curves --line`` also writes its points to --records FILE.
 """
 
 import statistics
@@ -81,6 +82,18 @@ def curves(args):
         older = [r for r in records.read_jsonl(args.records)
                  if r["checkpoint"]["path"] not in drawn]
         records.write_jsonl(args.records, older + points)
+
+
+def overlay(args):
+    """All that the runs logged, laid over each other; a run is called by its folder."""
+    logs = {}
+    for run in args.runs:
+        log = records.read_jsonl(Path(run) / "train.jsonl")
+        if not log:
+            raise program.InputError(f"{run} holds no train.jsonl")
+        name = Path(run).resolve().name
+        logs[name if name not in logs else run] = log
+    plots.save_figure(args.out, plots.training_curves(logs, ", ".join(logs)))
 
 
 def draw_curve(axis, log, color, label):
@@ -174,6 +187,8 @@ def mean_and_spread(line):
 def main(argv=None):
     p = program.parser(__doc__.splitlines()[0])
     p.add_argument("figure", choices=("p0", "curves", "evolution", "robustness"))
+    p.add_argument("runs", nargs="*", metavar="RUN",
+                   help="curves: run folders to lay over each other, all that they logged")
     p.add_argument("--out", type=program.path, required=True,
                    help="the picture (robustness: without _linf.png)")
     p.add_argument("--records", type=program.path, default=None,
@@ -182,11 +197,15 @@ def main(argv=None):
                    help="a label and its run folders; may be repeated")
     flags.add_data(p)
     args = p.parse_args(argv)
-    if args.figure == "curves" and not any(len(words) > 1 for words in args.line):
-        raise program.InputError("curves: name runs with --line LABEL RUN...")
+    if args.figure == "curves" and bool(args.runs) == any(len(words) > 1 for words in args.line):
+        raise program.InputError("curves: name runs (RUN...), or the lines of Fig. 5 (--line LABEL "
+                                 "RUN...)")
+    if args.runs and args.figure != "curves":
+        raise program.InputError(f"{args.figure} takes no run folders: drop {args.runs[0]}")
     if args.figure in ("evolution", "robustness") and not args.records:
         raise program.InputError(f"{args.figure}: name a results file with --records")
-    draw = {"p0": p0, "curves": curves, "evolution": evolution, "robustness": robustness}
+    draw = {"p0": p0, "curves": overlay if args.runs else curves, "evolution": evolution,
+            "robustness": robustness}
     draw[args.figure](args)
     return program.EXIT_OK
 

@@ -7,6 +7,7 @@ matplotlib.rcParams["text.parse_math"] = False  # a $ in a label is a dollar
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from matplotlib.ticker import LogFormatter  # noqa: E402
 from PIL import Image  # noqa: E402
 from torchvision.utils import make_grid  # noqa: E402
 
@@ -106,6 +107,75 @@ def robustness_curves(curves, norm, title):
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
     return figure
+
+
+# What a run logs, panel by panel: {name in train.jsonl: name in the legend}.
+CURVES = {
+    "loss and its terms": {"loss": "loss", "ce": "cross-entropy", "l2_pos": "λ E(x+)²",
+                           "l2_neg": "λ E(x−)²"},
+    "energies": {"e_pos": "E(x+)", "e_neg": "E(x−)", "e_pos_y": "E(x+, y)", "e_neg_y": "E(x−, y)"},
+    "energy gap E(x+) − E(x−)": {"gap": "gap"},
+    "gradient norm": {"grad_norm": "norm"},
+    "accuracy": {"accuracy": "training batches", "valid_accuracy": "validation",
+                 "test_accuracy": "test"},
+    "learning rate": {"lr": "rate"},
+}
+
+
+def training_curves(logs, title):
+    """What runs logged against their step, a panel a quantity; ``logs``: {label: the lines of
+    RUN/train.jsonl}. Of one run, each quantity has a colour; of several, each run has one and each
+    quantity a style of line. Rollbacks are dotted lines, where a run diverged for good a solid one.
+    """
+    logged = {key for log in logs.values() for line in log for key in line}
+    panels = {name: {key: words for key, words in names.items() if key in logged}
+              for name, names in CURVES.items() if names.keys() & logged}
+    columns, rows = min(3, max(1, len(panels))), max(1, -(-len(panels) // 3))
+    figure, axes = plt.subplots(rows, columns, squeeze=False,
+                                figsize=(3.5 * columns, 0.5 + 2.4 * rows))
+    for axis in axes.flat[len(panels):]:
+        axis.axis("off")
+    for axis, (name, names) in zip(axes.flat, panels.items(), strict=False):
+        draw_logs(axis, logs, names)
+        axis.set_title(name, fontsize=9)
+        if name == "gradient norm":
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(LogFormatter())
+            axis.yaxis.set_minor_formatter(LogFormatter())  # the default writes mathtext
+        axis.tick_params(which="both", labelsize=7)
+        axis.grid(alpha=0.3)
+        if len(names) > 1 or len(logs) > 1:
+            axis.legend(fontsize=6)
+    figure.supxlabel("step", fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def draw_logs(axis, logs, names):
+    """One panel: a line for each run of ``logs`` and each name that ``names`` has words for."""
+    alone = len(logs) == 1
+    for i, (label, log) in enumerate(logs.items()):
+        for j, (key, words) in enumerate(names.items()):
+            if not any(key in line for line in log):
+                continue
+            steps, values = series(log, key)
+            words = [label] * (not alone) + [words] * (alone or len(names) > 1)
+            axis.plot(steps, values, color=f"C{j if alone else i}", linewidth=1, markersize=3,
+                      linestyle="-" if alone else ("-", "--", ":", "-.")[j],
+                      marker="." if len(steps) < 50 else None, label=", ".join(words))
+        for line in log:
+            diverged = line.get("reason") == "diverged"
+            if line["kind"] == "rollback" or diverged:
+                axis.axvline(line["step"], color="tab:red" if alone else f"C{i}", linewidth=1,
+                             linestyle="-" if diverged else ":")
+
+
+def series(log, key):
+    """(steps, values) of what a log's lines call ``key``. A rollback breaks the line with a NaN;
+    what was not finite stands there as a word that float() reads."""
+    points = [(line["step"], np.nan if line["kind"] == "rollback" else float(line[key]))
+              for line in log if line["kind"] == "rollback" or line.get(key) is not None]
+    return tuple(zip(*points, strict=True)) or ((), ())
 
 
 def image_rows(rows, names, title, columns=None):

@@ -21,6 +21,8 @@ class RunLog:
         self.dir, self.lines, self.writes = Path(run_dir), 0, distributed.rank() == 0
         self.file = self.dir / "train.jsonl"
         self.since = time.monotonic(), first_step
+        self.title = ", ".join([self.dir.resolve().name, header["args"]["dataset"],
+                                header["network"], header["sampler"]])
         if not self.writes:
             return
         kept = records.read_jsonl(self.file)[:n_kept] if n_kept else []
@@ -61,6 +63,12 @@ class RunLog:
         picture = plots.grid(x)
         plots.save_image(self.dir / "samples" / f"{name}.png", picture)
         self.board.add_image("samples", picture, step)
+
+    def curves(self):
+        """What the run has logged so far, as ``RUN/samples/curves.png``."""
+        if self.writes:
+            plots.save_figure(self.dir / "samples" / "curves.png", plots.training_curves(
+                {"": records.read_jsonl(self.file)}, self.title))
 
     def close(self, step, **values):
         self.write("end", step, **values, time=records.now())
