@@ -54,7 +54,7 @@ def main(argv=None):
     device = machine.pick_device(overrides.get("device", "auto"), overrides.get("num_threads", 0))
     machine.set_precision(deterministic=overrides.get("deterministic", False))
     distributed.start(device, DIST_TIMEOUT)
-    results = Path(protocol.results or Path(protocol.load_path[0]).parent / "eval/results.jsonl")
+    results = Path(protocol.results or beside(protocol.load_path[0]) / "eval/results.jsonl")
     records.read_jsonl(results)  # refuse to append to a file of another kind
     entries = open_all(protocol, overrides, device)
     if distributed.rank() == 0:
@@ -141,6 +141,11 @@ def training_of(opened):
     args = opened.args
     return records.training_of(args, opened.step, sampler_name(SimpleNamespace(**args)),
                                network_name(args))
+
+
+def beside(path):
+    """The folder of a checkpoint: of a published model, its own."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
 def label_of(path):

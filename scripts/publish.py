@@ -2,13 +2,13 @@
 """Make a publishable model from a finished run, and a model card from its records.
 
     python scripts/publish.py model runs/jempp results/models/NAME
-    python eval_jempp.py --load_path results/models/NAME/model.pt --results results/models/NAME/...
+    python eval_jempp.py --load_path results/models/NAME --results results/models/NAME/...
     python scripts/publish.py card results/models/NAME
 
-``model`` writes NAME/model.pt and NAME/run.json. model.pt holds the weights of best.pt (float32),
---n_buffer images of its replay buffer as uint8 and what evaluation needs, but no optimiser.
-run.json describes the run. ``card`` writes NAME/README.md from run.json, NAME/*.jsonl and the
-pictures beside them.
+``model`` writes NAME/model.safetensors, NAME/config.json and NAME/run.json. model.safetensors holds
+the weights of best.pt (float32) and --n_buffer images of its replay buffer as uint8. config.json
+holds what evaluation needs. run.json describes the run. ``card`` writes NAME/README.md from
+run.json, NAME/*.jsonl and the pictures beside them.
 """
 
 import hashlib
@@ -23,22 +23,20 @@ from utils import start  # noqa: E402
 if __name__ == "__main__":
     start.begin()  # before the imports, which take seconds
 
-import torch  # noqa: E402
-
 from utils import (  # noqa: E402
     cli,
     flags,  # noqa: E402
     plots,
     program,
 )
-from utils.files import checkpoint, records  # noqa: E402
+from utils.files import checkpoint, published, records  # noqa: E402
 from utils.files.torch_files import read  # noqa: E402
 
 PERCENT = {"accuracy", "ece", "ece_adaptive", "robust_accuracy"}
 
 
 def publish(run_dir, out, n_buffer):
-    """Write RUN/best.pt without what only training needs. Returns the path written."""
+    """Write RUN/best.pt without what only training needs. Returns the folder ``out``."""
     content = checkpoint.check(read(run_dir / "best.pt"), run_dir / "best.pt")
     log = records.read_jsonl(run_dir / "train.jsonl")
     if not log or log[-1].get("reason") != "finished":
@@ -49,12 +47,12 @@ def publish(run_dir, out, n_buffer):
     for name in ("run_dir", "data_root"):  # of this machine
         content["args"].pop(name, None)
     content["args"] |= {"data_root": "data", "run_dir": run_dir.name}
-    content["sha256"] = checkpoint.digest(content)
-    out.mkdir(parents=True, exist_ok=True)
-    with records.replacing(out / "model.pt") as file:
-        torch.save(content, file)
+    if content["args"].get("load_path"):
+        content["args"]["load_path"] = Path(content["args"]["load_path"]).name
+    content["format"] = checkpoint.FORMAT
+    published.write(out, content, checkpoint.digest)
     write_account(out, log, content)
-    return out / "model.pt"
+    return out
 
 
 def write_account(out, log, content):
@@ -62,7 +60,8 @@ def write_account(out, log, content):
     header = log[0]
     defaults = vars(checkpoint_defaults(header["args"]))
     machine = ("run_dir", "data_root", "download", "num_threads", "device")
-    typed = {k: v for k, v in header["args"].items() if k not in machine
+    names = vars(cli.train_parser().parse_args([])).keys() - set(machine)
+    typed = {k: v for k, v in (header["args"] | content["args"]).items() if k in names
              and (k == "dataset" or records.jsonable(defaults.get(k)) != v)}
     steps = [r for r in log if r["kind"] == "step"]
     images = header["args"]["labelled_batch"]
@@ -101,7 +100,10 @@ def command(run):
 def card(out):
     """Write NAME/README.md from run.json, the records and the pictures."""
     run = json.loads((out / "run.json").read_text())
-    weights = hashlib.sha256((out / "model.pt").read_bytes()).hexdigest()
+    weights = hashlib.sha256((out / published.TENSORS).read_bytes()).hexdigest()
+    config = json.loads((out / published.CONFIG).read_text())
+    formerly = [f"Its records name the same weights by the hash of the file they then lay in, "
+                f"`{k}`: `{v}`." for k, v in config.get("formerly", {}).items()]
     env, flags = run["env"], run["flags"]
     kind, buffer = "softmax network", ""
     if flags.get("p_x_weight", 1) or flags.get("p_x_y_weight", 0):
@@ -113,9 +115,10 @@ def card(out):
         f"training on {env['device']}, {env['cpu']}, {run['threads']} thread(s)), torch "
         f"{env['torch']}, commit {env['commit'][:8]}, rollbacks {run['rollbacks']}.", "",
         "Every number on this page is † : a network far smaller and a run far shorter than the "
-        f"paper's. `model.pt` holds float32 weights{buffer}; SHA-256 `{weights}`.", "",
+        f"paper's. `{published.TENSORS}` holds float32 weights{buffer}; SHA-256 `{weights}`.",
+        *formerly, "",
         "```bash", command(run), "",
-        f"python eval_jempp.py --load_path {out.as_posix()}/model.pt --eval accuracy calibration "
+        f"python eval_jempp.py --load_path {out.as_posix()} --eval accuracy calibration "
         "--splits test",
         "```", "", *table(out), ""]
     for picture in sorted(out.glob("*.png")):

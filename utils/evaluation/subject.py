@@ -13,6 +13,7 @@ import torch
 
 from models import frozen
 from samplers import make_init, make_sampler, sampler_name
+from samplers.pyld import is_affine
 from utils import distributed, plots
 from utils.data import labelled, load_splits, spec_of
 from utils.evaluation.inference import predict
@@ -180,6 +181,9 @@ class Subject:
         batch norm. In training mode the statistics depend on the batch, so the batch size is part
         of the protocol. Batch b depends on (seed, b). The evaluated network stays unchanged.
         """
+        if self.in_steps and not self.literal_pyld and not is_affine(self.model.stem):
+            raise InputError(f"{self.label}: its stem is not affine, which PYLD's short cut needs: "
+                             "add --literal_pyld")
         model = copy.deepcopy(self.model).train(self.sample_mode == "train")
         each = [len(p) for p in torch.arange(self.chain_steps).tensor_split(snapshots)]
         draws = [make_sampler(self.sampler_flags(n_steps)) for n_steps in each]

@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from models import JEM, official
 from samplers import ReplayBuffer, to_pixels
 from utils import distributed
+from utils.files import published
 from utils.files.records import replacing
 from utils.files.regular import regular
 from utils.files.torch_files import (
@@ -263,6 +264,8 @@ def step_of(path):
 
 def sha256_of(path):
     """The file's SHA-256, equal to ``open_any(path).sha256``."""
+    folder = published.folder_of(path)
+    path = folder / published.TENSORS if folder else path
     with refusing(path), regular(path, most=MOST_BYTES) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -280,12 +283,14 @@ class Opened(NamedTuple):
 
 
 def open_any(path):
-    """Open our own checkpoint, a released file of JEM, JEM++ or SADA-JEM, or bare weights.
+    """Open our own checkpoint, a published folder, a released file of JEM, JEM++ or SADA-JEM, or
+    bare weights.
 
     The content decides which of these it is. The network of the ``Opened`` is on the CPU in eval
     mode.
     """
-    content, sha256 = read_hashed(path)
+    folder = published.folder_of(path)
+    content, sha256 = published.read(folder) if folder else read_hashed(path)
     args = step = epoch = None
     if is_ours(content):
         content = check(content, path)

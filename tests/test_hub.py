@@ -1,0 +1,90 @@
+"""Trained models from Python and by torch.hub: the lines that README shows, and what they give."""
+
+import warnings
+
+import pytest
+import torch
+from helpers import ROOT, released_file, tiny
+
+import hubconf
+import train_jempp
+from utils import load_model
+from utils.files import checkpoint
+from utils.program import InputError
+
+NAME = "cifar10_wrn16_2"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    assert train_jempp.main(tiny(run, "--n_epochs", "1")) == 0
+    return run
+
+
+def test_readmes_lines_run_in_a_clone_without_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jem = load_model(ROOT / "results" / "models" / NAME)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    p = jem.log_p_y_given_x(x).exp()
+    score = -jem.energy(x)
+    with pytest.warns(UserWarning, match="no data folder"):
+        images = jem.sample(16, y=5, n_steps=2)
+    assert not jem.training and torch.allclose(p.sum(1), torch.ones(2)) and score.shape == (2,)
+    assert images.shape == (16, 3, 32, 32) and images.abs().max() <= 1
+    with pytest.raises(InputError, match="data_root"):
+        jem.sample(1, n_steps=1, start="p0")
+
+
+def test_torch_hub_lists_and_loads_the_published_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = {path.parent.name for path in (ROOT / "results/models").glob("*/config.json")}
+    assert {name for name in dir(hubconf) if callable(getattr(hubconf, name))
+            and not name.startswith("_")} == folders  # as torch.hub.list finds them
+    assert "sample()" in getattr(hubconf, NAME).__doc__
+    jem = torch.hub.load(str(ROOT), NAME, source="local")
+    x = torch.rand(2, 3, 32, 32)
+    same = load_model(ROOT / "results/models" / NAME / "model.safetensors")
+    assert torch.equal(jem(x), same(x)) and not jem.training
+    assert len(jem.sample(2, n_steps=1, start="buffer")) == 2
+
+
+def test_fresh_chains_are_the_training_samplers(run):
+    jem = load_model(run / "best.pt")
+    before = {k: v.clone() for k, v in jem.state_dict().items()}
+    with warnings.catch_warnings(action="error"):  # digits are always at hand
+        x = jem.sample(4, y=[0, 1, 2, 3], n_steps=3, seed=1)
+    assert torch.equal(x, jem.sample(4, y=[0, 1, 2, 3], n_steps=3, seed=1, start="p0"))
+    assert not torch.equal(x, jem.sample(4, y=[0, 1, 2, 3], n_steps=3, seed=2))
+    assert all(torch.equal(v, before[k]) for k, v in jem.state_dict().items())
+    assert not any(p.grad is not None or not p.requires_grad for p in jem.parameters())
+    jem.settings.pyld_lr = 1e-9  # then chains stay where p_0 put them
+    assert not torch.allclose(x, jem.sample(4, y=[0, 1, 2, 3], n_steps=3, seed=1), atol=1e-4)
+
+
+def test_chains_go_on_from_images_of_their_class(run):
+    jem = load_model(run / "best.pt")
+    jem.settings.pyld_lr = 1e-9
+    jem.__dict__["buffer_classes"] = torch.eye(10)[torch.arange(40) % 10].double()
+    x = jem.sample(8, y=3, n_steps=1, start="buffer")
+    stored = checkpoint.load(run / "best.pt")["buffer"]
+    distances = torch.cdist(x.flatten(1), stored.flatten(1))
+    assert distances.min(1).values.max() < 0.1  # of about 10
+    assert set((distances.argmin(1) % 10).tolist()) == {3}
+
+
+def test_released_files_load_alike(tmp_path):
+    released_file(tmp_path / "a.pt")
+    jem = load_model(tmp_path / "a.pt", data_root=tmp_path / "none")
+    with pytest.warns(UserWarning):
+        assert jem.sample(3, n_steps=1).shape == (3, 3, 32, 32)
+    (tmp_path / "b.pt").write_bytes(b"no checkpoint")
+    for name in ("b.pt", "c.pt"):
+        with pytest.raises(InputError):
+            load_model(tmp_path / name)
+
+
+@pytest.mark.parametrize("words", [{"y": 10}, {"y": -1}, {"y": 0.5}, {"start": "noise"}])
+def test_what_cannot_be_sampled(run, words):
+    with pytest.raises(InputError):
+        load_model(run / "best.pt").sample(2, n_steps=1, **words)

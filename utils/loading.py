@@ -1,0 +1,116 @@
+"""A trained model for use from Python: ``from utils import load_model``."""
+
+import argparse
+import copy
+import functools
+import warnings
+
+import torch
+
+from models import JEM, frozen
+from samplers import make_init, make_sampler
+from utils import cli
+from utils.data import load_splits, spec_of
+from utils.files.checkpoint import open_any
+from utils.program import InputError, Unavailable
+from utils.seeding import seed_step
+
+CHAIN_BATCH = 100  # chains that share their batch statistics, as in evaluation
+CHAIN_STEPS = 1000  # and how long they are
+
+
+def load_model(path, *, device="cpu", dataset=None, data_root=None):
+    """The model in a published folder or in any readable checkpoint file, ours or a released one:
+    a ``LoadedModel`` on ``device`` in eval mode.
+
+    ``dataset`` and ``data_root``: where fresh chains find the training images, if not where and
+    what the file says (a released file says nothing: cifar10, data). Nothing is downloaded.
+    InputError, in one line, for what cannot be read.
+    """
+    opened = open_any(path)
+    typed = {"dataset": dataset, "data_root": data_root}
+    typed = {name: value for name, value in typed.items() if value is not None}
+    settings = cli.evaluation_settings(opened.args, typed, argparse.Namespace())
+    return LoadedModel(opened, argparse.Namespace(**settings)).to(device).eval()
+
+
+class LoadedModel(JEM):
+    """A ``JEM`` that samples by the settings it was trained with (``settings``), and brings along
+    what its file has of the replay buffer (``replay_buffer`` [n, 3, H, W] in [-1, 1], or None)."""
+
+    def __init__(self, opened, settings):
+        super().__init__(opened.model)
+        self.settings, self.path = settings, opened.path
+        self.register_buffer("replay_buffer", opened.buffer, persistent=False)
+
+    def sample(self, n, y=None, n_steps=CHAIN_STEPS, start=None, seed=0):
+        """``n`` images [n, 3, H, W] in [-1, 1] from chains of ``n_steps`` outer steps of the
+        training sampler; with ``y`` (a class, or labels [n]) they descend E(x, y).
+
+        ``start``: "p0" starts chains afresh, as training does, which takes the training images to
+        estimate p_0 from; "buffer" goes on from images of the replay buffer, for a class in
+        proportion to p(y|x). None is "p0" where the training images are at hand and "buffer", with
+        a warning, where they are not. InputError where there is neither. The images are a function
+        of the arguments alone; the model and its running statistics stay as they are.
+        """
+        if start not in (None, "p0", "buffer"):
+            raise InputError(f"start is 'p0', 'buffer' or None, not {start!r}")
+        y = self.labels(n, y)
+        draw = make_sampler(argparse.Namespace(**vars(self.settings) | {"n_steps": n_steps}))
+        model = copy.deepcopy(JEM(self)).train(self.settings.sample_mode == "train")
+        device, images = next(self.parameters()).device, []
+        with frozen(model):
+            for batch, indices in enumerate(torch.arange(n).split(CHAIN_BATCH)):
+                streams = seed_step(seed, batch, "evaluation", device)
+                labels = None if y is None else y[indices]
+                x_0 = self.beginnings(len(indices), labels, start, streams.host).to(device)
+                labels = None if labels is None else labels.to(device)
+                images.append(draw(model, x_0, y=labels, generator=streams.device))
+        return torch.cat(images)
+
+    def labels(self, n, y):
+        """A class or labels as int64 [n], or None."""
+        if y is None:
+            return None
+        y, n_classes = torch.as_tensor(y).cpu().expand(n), self.config["n_classes"]
+        if y.is_floating_point() or not ((y >= 0) & (y < n_classes)).all():
+            raise InputError(f"y is a class or {n} of them, 0 to {n_classes - 1}")
+        return y.long()
+
+    def beginnings(self, n, y, start, host):
+        """Where chains start, x_0 [n, 3, H, W]; ``host`` is a generator on the CPU."""
+        if start != "buffer":
+            try:
+                return self.p0.sample(n, y, host=host, generator=host)
+            except Unavailable as error:
+                if start == "p0" or self.replay_buffer is None:
+                    raise InputError(f"fresh chains need the training images: {error}; give "
+                                     "load_model their data_root") from error
+                warnings.warn(f"chains go on from the replay buffer (start='buffer'): fresh ones "
+                              f"need the training images, {error}", stacklevel=3)
+        if self.replay_buffer is None:
+            raise InputError(f"{self.path} holds no replay buffer to start from")
+        if y is None:
+            slots = torch.randint(len(self.replay_buffer), (n,), generator=host)
+        else:
+            slots = torch.multinomial(self.buffer_classes.T[y], 1, generator=host).squeeze(1)
+        return self.replay_buffer.cpu()[slots]
+
+    @functools.cached_property
+    def p0(self):
+        """p_0 of the training images, on the CPU; Unavailable where they are not at hand."""
+        s, n_classes = self.settings, self.config["n_classes"]
+        if spec_of(s.dataset).n_classes != n_classes:
+            raise Unavailable(f"{self.path} knows {n_classes} classes and {s.dataset} has "
+                              f"{spec_of(s.dataset).n_classes}: give load_model its dataset")
+        train, _, _ = load_splits(s.dataset, s.data_root, n_valid=s.n_valid, n_train=s.n_train,
+                                  download=False, size=s.image_size)
+        return make_init(s.init, train.x, train.y, n_classes)
+
+    @functools.cached_property
+    @torch.no_grad()
+    def buffer_classes(self):
+        """p(y|x) [n, K] of the buffer's images, on the CPU."""
+        model = copy.deepcopy(JEM(self)).eval()
+        parts = [model.log_p_y_given_x(x).exp() for x in self.replay_buffer.split(500)]
+        return torch.cat(parts).double().cpu()
