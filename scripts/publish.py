@@ -102,7 +102,7 @@ def card(out):
     run = json.loads((out / "run.json").read_text())
     weights = hashlib.sha256((out / published.TENSORS).read_bytes()).hexdigest()
     config = json.loads((out / published.CONFIG).read_text())
-    formerly = [f"Its records name the same weights by the hash of the file they then lay in, "
+    formerly = [f"The records name the same weights by the SHA-256 of their earlier file, "
                 f"`{k}`: `{v}`." for k, v in config.get("formerly", {}).items()]
     env, flags = run["env"], run["flags"]
     kind, buffer = "softmax network", ""
@@ -112,11 +112,11 @@ def card(out):
         f"# {out.name}", "",
         f"A {kind} of {run['parameters']:,} parameters on {flags.get('dataset', 'cifar10')}, "
         f"trained for {run['epoch']} epochs ({run['step']:,} steps, {run['minutes']} minutes of "
-        f"training on {env['device']}, {env['cpu']}, {run['threads']} thread(s)), torch "
-        f"{env['torch']}, commit {env['commit'][:8]}, rollbacks {run['rollbacks']}.", "",
-        "Every number on this page is † : a network far smaller and a run far shorter than the "
-        f"paper's. `{published.TENSORS}` holds float32 weights{buffer}; SHA-256 `{weights}`.",
-        *formerly, "",
+        f"training on {env['device']}, {env['cpu']}, {run['threads']} thread(s)) with torch "
+        f"{env['torch']} at commit {env['commit'][:8]}. Rollbacks: {run['rollbacks']}.", "",
+        "All numbers on this page are †: the network is far smaller and the run far shorter than "
+        f"the paper's. `{published.TENSORS}` holds float32 weights{buffer}. Its SHA-256 is "
+        f"`{weights}`.", *formerly, "",
         "```bash", command(run), "",
         f"python eval_jempp.py --load_path {out.as_posix()} --eval accuracy calibration "
         "--splits test",
