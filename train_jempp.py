@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from models import energy, frozen, network_name
+from models import energy, frozen, network_name, statistics_kept
 from samplers import make_sampler, sampler_name, to_pixels
 from utils import cli, distributed, machine, program
 from utils.distributed import accumulating
@@ -33,8 +33,8 @@ from utils.program import InputError, say
 from utils.seeding import seed_step
 from utils.training.build import build
 from utils.training.guard import Guard, Stop, fetch, resume, roll_back, save_last
-from utils.training.run_log import RunLog
-from utils.training.schedule import due, learning_rate
+from utils.training.run_log import RunLog, means_of
+from utils.training.schedule import about_chains, due, learning_rate, p_x_weight
 from utils.training.start import load_start
 
 
@@ -43,23 +43,28 @@ def in_layout(x, args):
     return x.contiguous(memory_format=torch.channels_last) if args.channels_last else x
 
 
+def of_sampled(model, args):
+    """The context for passes of sampled images: --bn_update real keeps running statistics."""
+    return statistics_kept(model) if args.bn_update == "real" else nullcontext()
+
+
 def sample_negatives(model, draw, buffer, p0, n, args, streams, y=None):
     """Algorithm 2, lines 3, 4 and 6: take x_0 from the buffer or p_0, run a chain, store its end.
 
     ``y`` [n] on the host makes the chains conditional. Returns x_neg [n, C, H, W].
     """
-    x_0, slots = buffer.draw(n, p0, args.reinit_freq, y, host=streams.host,
-                             generator=streams.device)
+    x_0, slots, ages = buffer.draw(n, p0, args.reinit_freq, y, host=streams.host,
+                                   generator=streams.device)
     on_device = None if y is None else y.to(x_0.device, non_blocking=True)
     model.train(args.sample_mode == "train")
-    with frozen(model):
+    with frozen(model), of_sampled(model, args):
         x_neg = draw(model, in_layout(x_0, args), y=on_device, generator=streams.device)
     model.train()
-    buffer.store(slots, x_neg)
+    buffer.store(slots, x_neg, ages + args.n_steps)
     return x_neg
 
 
-def loss_terms(state, draw, batch, buffer, p0, args, streams):
+def loss_terms(state, draw, batch, buffer, p0, args, streams, p_x_weight):
     """The terms of Eq. 5 for one batch, as functions in the order of the released code's passes.
 
     Each returns (a term of the loss, {name: scalar on the device} to log). The terms ``real`` and
@@ -81,7 +86,9 @@ def loss_terms(state, draw, batch, buffer, p0, args, streams):
             n = len(x_pos) if classes is None else len(classes)
             negatives[name] = sample_negatives(model, draw, buffer, p0, n, args, streams, classes)
         x_neg = negatives[name]
-        return energy(net(x_neg), y_of_energy), (x_neg.abs() >= 1).float().mean()
+        with of_sampled(model, args):
+            e = energy(net(x_neg), y_of_energy)
+        return e, (x_neg.abs() >= 1).float().mean()
 
     def small(e, name):  # --energy_l2
         if not args.energy_l2:
@@ -92,7 +99,7 @@ def loss_terms(state, draw, batch, buffer, p0, args, streams):
     def real():  # log p(x), Eq. 2
         e = energy(net(x_pos))
         penalty, log = small(e, "l2_pos")
-        return args.p_x_weight * e.mean() + penalty, {"e_pos": e.mean(), **log}
+        return p_x_weight * e.mean() + penalty, {"e_pos": e.mean(), **log}
 
     def sampled():
         classes = None
@@ -101,7 +108,7 @@ def loss_terms(state, draw, batch, buffer, p0, args, streams):
                                     generator=streams.host)
         e, saturated = negative_energy("x", classes)
         penalty, log = small(e, "l2_neg")
-        return (-args.p_x_weight * e.mean() + penalty,
+        return (-p_x_weight * e.mean() + penalty,
                 {"e_neg": e.mean(), "saturated": saturated, **log})
 
     def labelled():
@@ -123,7 +130,7 @@ def loss_terms(state, draw, batch, buffer, p0, args, streams):
         e, saturated = negative_energy("x, y", y_lab, y)
         return -args.p_x_y_weight * e.mean(), {"e_neg_y": e.mean(), "saturated": saturated}
 
-    terms = [real, sampled] if args.p_x_weight else []
+    terms = [real, sampled] if p_x_weight else []
     terms += [labelled] if args.p_y_given_x_weight or args.p_x_y_weight else []
     return terms + ([sampled_per_class] if args.p_x_y_weight else [])
 
@@ -139,12 +146,8 @@ def backward(parts, net):
             loss, log = term()
             (loss / len(parts)).backward()
         logs.append({"loss": loss.detach()} | {k: v.detach() for k, v in log.items()})
-    means = {}
-    for name in dict.fromkeys(name for log in logs for name in log):
-        values = [log[name] for log in logs if name in log]
-        # a part's loss is the sum of its terms
-        means[name] = sum(values) / (len(parts) if name == "loss" else len(values))
-    return means
+    loss = sum(log["loss"] for log in logs) / len(parts)  # a part's is the sum of its terms
+    return means_of(logs) | {"loss": loss}
 
 
 def train_step(args, setup, draw):
@@ -157,12 +160,12 @@ def train_step(args, setup, draw):
         group["lr"] = lr * state.lr_factor
 
     # prepare this process's parts of the global batch, which it computes one after the other
-    parts = []
+    weight, parts = p_x_weight(state.step, data.steps_per_epoch, args), []
     for i in range(args.accumulate):
         part = i * distributed.world() + distributed.rank()
         buffer = None if state.buffer is None else state.buffer.share(i, args.accumulate)
         parts.append(loss_terms(state, draw, data.batch(state.step, part), buffer, setup.p0, args,
-                                seed_step(state.seed, state.step, part, data.device)))
+                                seed_step(state.seed, state.step, part, data.device), weight))
 
     # run the chains, compute loss and gradients
     state.optimizer.zero_grad(set_to_none=False)  # see build.new_model
@@ -236,7 +239,7 @@ def train(args, setup, log, stop):
 
         # log
         rows += new
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        means = means_of(rows)
         if now.log or saving:
             log.steps(state, means)
             bar.set_postfix({k: f"{v:.3g}" for k, v in means.items()})
@@ -351,6 +354,10 @@ def run(args, run_dir, setup):
     elif args.load_path:
         opened = load_start(args, state)
         say(f"starting with the weights of {args.load_path} (SHA-256 {opened.sha256[:8]})")
+    for line in (about_chains(data.steps_per_epoch, args),
+                 machine.about_threads(data.device, args.num_threads)):
+        if line:
+            say(line)
     distributed.barrier()  # all ranks have read the files that rank 0 may now replace
     if distributed.rank() == 0:
         records.write_json(run_dir / "args.json", vars(args))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.networks import network_class
 
@@ -42,6 +43,23 @@ def frozen(model):
     finally:
         for p in parameters:
             p.requires_grad_(True)
+
+
+@contextmanager
+def statistics_kept(model):
+    """Inside the block no pass changes the running statistics of batch norm.
+
+    In train mode a batch is still normalised by its own statistics.
+    """
+    layers = [layer for layer in model.modules()
+              if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
 
 
 class JEM(nn.Module):

@@ -6,13 +6,15 @@ import torch
 class ReplayBuffer:
     """|B| images [|B|, C, H, W] on the training device, filled from p_0 at the start.
 
+    ``ages`` int64 [|B|], on the host, are the sampler steps that each chain is away from p_0.
     If chains are drawn per class, class y owns the y-th of ``n_classes`` equal blocks of slots.
     Choices (which slot, which chain starts anew) are drawn on the host, so that an iteration never
     waits for the device.
     """
 
-    def __init__(self, images, n_classes):
+    def __init__(self, images, n_classes, ages=None):
         self.images, self.n_classes = images, n_classes
+        self.ages = torch.zeros(len(images), dtype=torch.int64) if ages is None else ages
 
     @classmethod
     def fill(cls, size, init, n_classes, *, per_class, host, generator):
@@ -28,7 +30,7 @@ class ReplayBuffer:
 
         Blocks of classes remain blocks.
         """
-        return ReplayBuffer(self.images[part::parts], self.n_classes)
+        return ReplayBuffer(self.images[part::parts], self.n_classes, self.ages[part::parts])
 
     def slots(self, n, y=None, *, host):
         """``n`` slot numbers with replacement, from anywhere or from the blocks of ``y`` [n]."""
@@ -39,29 +41,31 @@ class ReplayBuffer:
         return first + (torch.rand(n, generator=host) * (last - first)).long()
 
     def draw(self, n, init, reinit_freq, y=None, *, host, generator):
-        """x_0 [n, C, H, W] and its slots [n]. ``y`` [n] is on the host.
+        """x_0 [n, C, H, W], its slots [n] and the ages of its chains [n].
 
         Each chain starts anew from ``init`` with probability ``reinit_freq`` (rho). Only those
-        chains draw from ``init``.
+        chains draw from ``init``. ``y`` [n], slots and ages are on the host.
         """
         slots = self.slots(n, y, host=host)
         anew = (torch.rand(n, generator=host) < reinit_freq).nonzero().squeeze(1)
-        x_0 = self.images[self.on_device(slots)]
+        x_0, ages = self.images[self.on_device(slots)], self.ages[slots]
         if len(anew):
             fresh = init.sample(len(anew), None if y is None else y[anew], host=host,
                                 generator=generator)
             x_0[self.on_device(anew)] = fresh
-        return x_0, slots
+            ages[anew] = 0
+        return x_0, slots, ages
 
-    def store(self, slots, x):
-        """Put the chains' end points back where they came from (Algorithm 2, line 6).
+    def store(self, slots, x, ages):
+        """Put the chains' end points and ages [n] back in their slots (Algorithm 2, line 6).
 
         If several chains came from one slot, the last is kept. With several writers per slot, the
         result would depend on the order of threads.
         """
         chain = {slot: i for i, slot in enumerate(slots.tolist())}
-        rows = self.on_device(torch.tensor(list(chain.values())))
-        self.images[self.on_device(torch.tensor(list(chain)))] = x[rows]
+        slots, rows = torch.tensor(list(chain)), torch.tensor(list(chain.values()))
+        self.images[self.on_device(slots)] = x[self.on_device(rows)]
+        self.ages[slots] = ages[rows]
 
     def on_device(self, indices):
         return indices.to(self.images.device, non_blocking=True)

@@ -152,8 +152,8 @@ def check(args, state, data, p0, dtype=torch.float32, steps=3):
         copy_state(literal.state, state)
         before = vector(state.model.parameters())
         streams = seed_step(args.seed, state.step, 0, data.device)
-        x_0, slots = state.buffer.draw(args.batch_size, p0, args.reinit_freq,
-                                       host=streams.host, generator=streams.device)
+        x_0, slots, _ = state.buffer.draw(args.batch_size, p0, args.reinit_freq,
+                                          host=streams.host, generator=streams.device)
         literal.step(args, (x_0, slots.to(x_0.device)))
         train_jempp.train_step(args, Setup(state, data, p0), draw)
         found.append({"step": state.step, "lr": state.optimizer.param_groups[0]["lr"],

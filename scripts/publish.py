@@ -44,6 +44,7 @@ def publish(run_dir, out, n_buffer):
     if content["buffer"] is not None:
         every = max(1, len(content["buffer"]) // n_buffer)
         content["buffer"] = plots.to_uint8(content["buffer"][::every][:n_buffer].clone())
+    content.pop("ages", None)  # of the whole buffer; nobody goes on with these chains
     for name in ("run_dir", "data_root"):  # of this machine
         content["args"].pop(name, None)
     content["args"] |= {"data_root": "data", "run_dir": run_dir.name}

@@ -88,6 +88,7 @@ def loss_of(monkeypatch, *flags):
     x_neg = torch.rand(16, 3, 16, 16) * 2 - 1
     monkeypatch.setattr(train_jempp, "sample_negatives", lambda *rest: x_neg)
     streams = train_jempp.seed_step(1, 0, 0, "cpu")
-    terms = train_jempp.loss_terms(state, None, batch, None, setup.p0, args, streams)
+    terms = train_jempp.loss_terms(state, None, batch, None, setup.p0, args, streams,
+                                   args.p_x_weight)
     metrics = train_jempp.backward([terms], state.net)
     return state.model, batch, x_neg, {k: v.item() for k, v in metrics.items()}

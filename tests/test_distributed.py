@@ -42,7 +42,7 @@ def finished(job, timeout=120):
 def difference(a, b):
     """The largest difference of two runs' weights and of their buffers."""
     a, b = (torch.load(d / "last.pt", weights_only=True) for d in (a, b))
-    assert a["step"] == b["step"]
+    assert a["step"] == b["step"] and torch.equal(a["ages"], b["ages"])
     return max(*((a["model"][k].double() - b["model"][k].double()).abs().max().item()
                  for k in a["model"]), (a["buffer"] - b["buffer"]).abs().max().item())
 
@@ -78,7 +78,8 @@ def test_two_processes_are_one_with_two_parts_also_across_resumes(tmp_path, call
     assert difference(one, two) < 1e-5
     steps = [[r for r in read_jsonl(d / "train.jsonl") if r["kind"] == "step"] for d in (one, two)]
     for a, b in zip(*steps, strict=True):
-        for name in ("loss", "e_pos", "e_neg", "ce", "accuracy", "saturated", "grad_norm"):
+        for name in ("loss", "e_pos", "e_neg", "ce", "accuracy", "saturated", "grad_norm",
+                     "chain_age"):
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name
     # another number of processes, at the same global batch, goes on where the last one was
     code, _, err = call(train_jempp.main, [*flags, "--run_dir", mixed])

@@ -192,7 +192,7 @@ def test_a_fresh_chain_starts_from_a_class_drawn_by_its_frequency():
     p0 = ClassGaussians.fit(x, y, 2)
     buffer = ReplayBuffer(torch.zeros(20, 3, 2, 2), 2)
     n = 4000
-    x_0, _ = buffer.draw(n, p0, 1.0, host=generator("cpu", 0), generator=generator("cpu", 1))
+    x_0, *_ = buffer.draw(n, p0, 1.0, host=generator("cpu", 0), generator=generator("cpu", 1))
     bright = (x_0.mean((1, 2, 3)) > 0).double().mean().item()
     assert bright == pytest.approx(0.1, abs=5 * math.sqrt(0.1 * 0.9 / n))  # 5 standard errors
 

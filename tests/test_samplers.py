@@ -155,7 +155,7 @@ def test_only_reinitialised_chains_are_drawn_from_p0(rho):
     buffer, p0 = ReplayBuffer(torch.zeros(50, 3, 4, 4), 10), Marked()
     host, new = generator("cpu", rho), 0
     for _ in range(200):
-        x_0, _ = buffer.draw(64, p0, rho, host=host, generator=None)
+        x_0, *_ = buffer.draw(64, p0, rho, host=host, generator=None)
         new += int((x_0[:, 0, 0, 0] == 7).sum())
     assert new == p0.drawn
     assert abs(new / 12800 - rho) <= 4 * math.sqrt(rho * (1 - rho) / 12800)
@@ -174,8 +174,9 @@ def test_chains_per_class_stay_in_their_block(size):
 def test_a_slot_drawn_twice_keeps_its_last_chain():
     buffer = ReplayBuffer(torch.zeros(5, 3, 4, 4), 1)
     chains = torch.arange(4.0).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
-    buffer.store(torch.tensor([2, 0, 2, 2]), chains)
+    buffer.store(torch.tensor([2, 0, 2, 2]), chains, torch.arange(1, 5))
     assert buffer.images[:, 0, 0, 0].tolist() == [1.0, 0.0, 3.0, 0.0, 0.0]
+    assert buffer.ages.tolist() == [2, 0, 4, 0, 0]
 
 
 @pytest.mark.parametrize("size, parts", ((40, 2), (120, 3), (10, 1)))
@@ -187,10 +188,11 @@ def test_shares_of_a_buffer_are_disjoint_and_keep_the_blocks_of_the_classes(size
         share = buffer.share(part, parts)
         before = buffer.images.clone()
         slots = share.slots(len(y), y, host=generator("cpu", part))
-        share.store(slots, (1.0 + y).view(-1, 1, 1, 1).expand(-1, 3, 4, 4))
+        share.store(slots, (1.0 + y).view(-1, 1, 1, 1).expand(-1, 3, 4, 4), 1 + y)
         written += (buffer.images != before)[:, 0, 0, 0]
     assert (written == 1).all()
     assert torch.equal(buffer.images[:, 0, 0, 0], 1.0 + owner)
+    assert torch.equal(buffer.ages, 1 + owner)
 
 
 def test_a_buffer_is_filled_from_p0_class_by_class():

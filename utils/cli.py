@@ -232,6 +232,8 @@ def check_together(args):
         raise InputError("--sync_bn goes without compilation: add --compile off")
     if args.literal_pyld and (args.compile != "off" or args.amp != "off"):
         raise InputError("--literal_pyld is uncompiled and float32: drop --fast, --compile, --amp")
+    if args.p_x_from or args.p_x_ramp:
+        check_beginning(args)
     if args.load_buffer and not (args.p_x_weight or args.p_x_y_weight):
         raise InputError("--load_buffer: a run that trains p(y|x) alone has no replay buffer")
     grown = math.log2(args.lr) + len(args.decay_epochs) * math.log2(args.decay_rate)
@@ -239,6 +241,18 @@ def check_together(args):
         raise InputError("--lr times --decay_rate at all --decay_epochs is beyond float32")
     if args.nesterov and args.optimizer != "sgd":
         raise InputError("--nesterov goes with --optimizer sgd")
+
+
+def check_beginning(args):
+    """InputError if log p(x) never begins, or if nothing is trained before it does."""
+    if args.p_x_y_weight or not args.p_x_weight:
+        raise InputError("--p_x_from and --p_x_ramp say when log p(x) begins: they go with a "
+                         "--p_x_weight, and without --p_x_y_weight")
+    if args.p_x_from and not args.p_y_given_x_weight:
+        raise InputError("--p_x_from: with --p_y_given_x_weight 0 nothing is trained before")
+    if args.p_x_from >= args.n_epochs:
+        raise InputError(f"--p_x_from {args.p_x_from}: with --n_epochs {args.n_epochs} log p(x) "
+                         "would never begin")
 
 
 def per_class(args):

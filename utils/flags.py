@@ -164,6 +164,10 @@ def add_sampler(p, typed_only=False):
 def add_train(p, typed_only=False):
     flag = group(p, "objective (Eq. 5)", typed_only)
     flag("--p_x_weight", type=WEIGHT, default=1.0, help="weight of log p(x)")
+    flag("--p_x_from", type=NATURAL, default=0, metavar="EPOCH",
+         help="begin log p(x) after this many epochs; no chains run before")
+    flag("--p_x_ramp", type=NATURAL, default=0, metavar="STEPS",
+         help="raise its weight linearly over this many steps")
     flag("--p_y_given_x_weight", type=WEIGHT, default=1.0, help="weight of log p(y|x)")
     flag("--p_x_y_weight", type=WEIGHT, default=0.0, help="weight of log p(x, y)")
     flag("--shared_batch", action=FLAG, default=False,
@@ -216,6 +220,9 @@ def add_train(p, typed_only=False):
          help="evaluate a running average of the weights and save it in best.pt; 0 is off")
     flag("--recalibrate_bn", type=NATURAL, default=0, metavar="n",
          help="evaluate with running statistics over n training images; 0 is off")
+    flag("--bn_update", choices=("all", "real"), default="all",
+         help="passes that update the running statistics of batch norm; real: not those of "
+              "sampled images (batch statistics are used all the same)")
     flag("--n_epochs", type=POSITIVE, default=150, help="epochs of labelled images")
     flag = group(p, "start", typed_only)
     flag("--load_path", type=path, default=None, metavar="FILE",

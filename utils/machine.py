@@ -51,6 +51,20 @@ def kind(name):
     return name.split(":")[0]
 
 
+def about_threads(device, num_threads):
+    """Advice in one line if --num_threads was not typed and the CPU is busy, else None."""
+    cores = os.cpu_count() or 1
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # not on Windows
+        return None
+    own = num_threads == 0 and torch.get_num_threads() > 1
+    if device.type != "cpu" or not own or load <= cores / 2:
+        return None
+    return (f"the machine is busy (load {load:.1f} on {cores} cores): --num_threads 1 for each of "
+            "several runs is faster")
+
+
 def keep_freed_memory(keep=True):
     """Make glibc keep the memory of freed tensors for new ones, as a GPU's allocator does.
 

@@ -82,6 +82,10 @@ class State:
             return None
         return distributed.interleave(self.buffer.images)
 
+    def whole_ages(self):
+        """The ages of all ranks' chains [|B|], or None. Every rank must call this."""
+        return None if self.buffer is None else distributed.interleave(self.buffer.ages)
+
     def parts(self, judged=None):
         """The state dicts to save: all that resuming needs, or only the network ``judged``."""
         if judged is not None:
@@ -110,6 +114,7 @@ class State:
                 if images.shape != self.buffer.images.shape:  # copy_ would broadcast one image
                     raise ValueError(f"a buffer of shape {tuple(content['buffer'].shape)}")
                 self.buffer.images.copy_(images)
+                self.buffer.ages.copy_(ages_of(content, path))
             self.step, self.best = content["step"], content["best"]
             self.rollbacks, self.lr_factor = content["rng"]["stream"], content["lr_factor"]
             self.guard, self.log_lines = dict(content["guard"]), content["log_lines"]
@@ -120,6 +125,14 @@ class State:
     def become(self, other):
         """Copy all fields from ``other``, a state of the same run."""
         vars(self).update(vars(other))
+
+
+def ages_of(content, path):
+    """The ages of this rank's chains in ``content``. An older file has none: they start at 0."""
+    if content.get("ages") is None:
+        say(f"{path} is of before chains had an age: theirs is counted from here on")
+        return torch.zeros(len(own_share(content["buffer"])), dtype=torch.int64)
+    return own_share(content["ages"])
 
 
 def load_optimizer(optimizer, saved):
@@ -146,16 +159,16 @@ def save(path, state, epoch, *, judged=None, keep_as=None):
     replacing it.
     """
     distributed.same_buffers(state.model)
-    buffer = state.whole_buffer()
+    chains = {"buffer": state.whole_buffer(), "ages": state.whole_ages()}
     if distributed.rank() == 0:
-        write(path, state, buffer, epoch, judged, keep_as)
+        write(path, state, chains, epoch, judged, keep_as)
     distributed.barrier()
 
 
-def write(path, state, buffer, epoch, judged, keep_as):
+def write(path, state, chains, epoch, judged, keep_as):
     content = {
         "format": FORMAT, **state.parts(judged), "config": dict(state.model.config),
-        "buffer": buffer, "p0": state.p0_origin,
+        **chains, "p0": state.p0_origin,
         "step": state.step, "epoch": epoch, "best": state.best, "args": state.args,
         # these three determine every random number
         "rng": {"seed": state.args["seed"], "stream": state.rollbacks, "step": state.step},
@@ -198,7 +211,8 @@ def check(content, path):
         raise InputError(f"{path} is not a checkpoint of this code")
     if missing := KEYS - content.keys():
         raise Damaged(f"{path} lacks {', '.join(sorted(missing))}")
-    if wrong := [name for name, is_right in RIGHT.items() if not is_right(content[name])]:
+    wrong = [name for name, is_right in RIGHT.items() if not is_right(content[name])]
+    if wrong := wrong + ["ages"] * (not ages_fit(content)):
         raise InputError(f"{path}: {', '.join(wrong)} of the wrong type or size")
     try:
         same = digest(content) == content["sha256"]
@@ -208,6 +222,14 @@ def check(content, path):
     if not same:
         raise Damaged(f"{path} is damaged: its content is not what was saved")
     return content
+
+
+def ages_fit(content):
+    """Whether the ages are one int64 for each image of the buffer. Older files have none."""
+    ages, buffer = content.get("ages"), content["buffer"]
+    tensors = isinstance(ages, torch.Tensor) and isinstance(buffer, torch.Tensor)
+    return ages is None or (tensors and ages.dtype == torch.int64
+                            and ages.shape == buffer.shape[:1])
 
 
 def is_dict(value):
@@ -280,6 +302,7 @@ class Opened(NamedTuple):
     args: dict | None
     step: int | None
     epoch: int | None
+    ages: torch.Tensor | None  # of the buffer's chains
 
 
 def open_any(path):
@@ -291,11 +314,12 @@ def open_any(path):
     """
     folder = published.folder_of(path)
     content, sha256 = published.read(folder) if folder else read_hashed(path)
-    args = step = epoch = None
+    args = step = epoch = ages = None
     if is_ours(content):
         content = check(content, path)
         config, weights, buffer = (content[name] for name in ("config", "model", "buffer"))
         args, step, epoch = (content[name] for name in ("args", "step", "epoch"))
+        ages = content.get("ages")
     elif official.is_official(content):
         try:
             config, weights, buffer = official.translate(content)
@@ -309,7 +333,7 @@ def open_any(path):
     if buffer is not None and not (isinstance(buffer, torch.Tensor) and buffer.dim() == 4
                                    and buffer.shape[1] == 3 and buffer.is_floating_point()):
         raise InputError(f"{path}: its replay buffer is no image tensor [n, 3, H, W]")
-    return Opened(str(path), sha256, model, buffer, args, step, epoch)
+    return Opened(str(path), sha256, model, buffer, args, step, epoch, ages)
 
 
 def network(config, weights, path):

@@ -76,11 +76,11 @@ class Guard:
 def fetch(window):
     """The scalars of a window of steps [{name: tensor}] as numbers, averaged over the processes.
 
-    They are copied from the device at once.
+    They are copied from the device at once. Steps may log different names.
     """
-    names = list(window[0])
-    values = torch.stack([torch.stack([m[k] for k in names]) for m in window]).double().cpu()
-    return [dict(zip(names, row, strict=True)) for row in distributed.mean(values).tolist()]
+    values = torch.stack([value for row in window for value in row.values()]).double().cpu()
+    numbers = iter(distributed.mean(values).tolist())
+    return [{name: next(numbers) for name in row} for row in window]
 
 
 def save_last(run_dir, state, epoch, log, good_after):

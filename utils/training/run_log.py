@@ -9,6 +9,13 @@ from utils import distributed, plots
 from utils.files import records
 
 
+def means_of(rows):
+    """{name: its mean over those of ``rows`` [{name: number}] that have it}."""
+    values = {name: [row[name] for row in rows if name in row]
+              for name in dict.fromkeys(name for row in rows for name in row)}
+    return {name: sum(of_name) / len(of_name) for name, of_name in values.items()}
+
+
 class RunLog:
     """``RUN/train.jsonl`` (header, steps, evaluations, one closing line), scalars and grids.
 
@@ -48,12 +55,19 @@ class RunLog:
         self.since = time.monotonic(), step
 
     def steps(self, state, means):
-        """Write a record of ``means``, the scalars' means over the steps since the last record."""
+        """Write a record of ``means``, the scalars' means over the steps since the last record.
+
+        If chains ran, it also has ``chain_age``, the mean age of the buffer's chains now, in
+        sampler steps. Every rank must call this.
+        """
         seconds, n_steps = time.monotonic() - self.since[0], state.step - self.since[1]
         rate = {"lr": state.optimizer.param_groups[0]["lr"],
                 "images_per_s": n_steps * state.args["labelled_batch"] / max(seconds, 1e-9)}
         gap = {"gap": means["e_pos"] - means["e_neg"]} if "e_pos" in means else {}
-        self.write("step", state.step, **means, **gap, **rate)
+        chains = {}
+        if "saturated" in means:
+            chains = {"chain_age": state.whole_ages().double().mean().item()}
+        self.write("step", state.step, **means, **gap, **chains, **rate)
         self.start_clock(state.step)
 
     def samples(self, name, x, step):

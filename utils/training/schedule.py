@@ -1,9 +1,11 @@
-"""The learning rate of each step, and when to log, evaluate and save."""
+"""The learning rate of each step, the weight of log p(x), and when to log, evaluate and save."""
 
 import math
 from typing import NamedTuple
 
 from utils.program import InputError
+
+FEW_VISITS = 20  # per slot in a run: the network may learn to tell such young chains apart
 
 
 def learning_rate(step, steps_per_epoch, args):
@@ -22,6 +24,38 @@ def learning_rate(step, steps_per_epoch, args):
     after = args.n_epochs * steps_per_epoch - args.warmup_iters
     done = min(1.0, max(0, step - args.warmup_iters) / max(1, after))
     return lr * (1 - done if args.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
+def p_x_weight(step, steps_per_epoch, args):
+    """The weight of log p(x) in a step (0-based).
+
+    It is 0 until --p_x_from epochs are done. Then it rises linearly to --p_x_weight over
+    --p_x_ramp steps.
+    """
+    taken = step - args.p_x_from * steps_per_epoch
+    if taken < 0:
+        return 0.0
+    return args.p_x_weight * min(1.0, (taken + 1) / max(1, args.p_x_ramp))
+
+
+def about_chains(steps_per_epoch, args):
+    """One line for the user: when log p(x) begins, and how often the run visits a slot of the
+    replay buffer. None if no chains run."""
+    per_step = (bool(args.p_x_weight) * args.global_batch_size
+                + bool(args.p_x_y_weight) * args.labelled_batch)
+    draws = per_step * (args.n_epochs - args.p_x_from) * steps_per_epoch
+    if not draws:
+        return None
+    begins = ""
+    if args.p_x_from or args.p_x_ramp:
+        ramp = f", with its whole weight {args.p_x_ramp} steps later" if args.p_x_ramp else ""
+        begins = f"log p(x) begins after step {args.p_x_from * steps_per_epoch}{ramp}; "
+    visits = draws / args.buffer_size
+    line = f"{begins}a slot of the replay buffer will be visited {visits:.3g} times in this run"
+    if visits >= FEW_VISITS:
+        return line
+    return (f"{line}, fewer than {FEW_VISITS}: its chains stay young, and the energy gap may run "
+            f"away. A smaller --buffer_size, {max(1, draws // FEW_VISITS)} or less, helps")
 
 
 def check_past_rates(before, now, step, steps_per_epoch):

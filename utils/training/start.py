@@ -36,6 +36,8 @@ def load_start(args, state):
     if args.load_buffer:
         check_buffer(args, opened, state.buffer)
         state.buffer.images.copy_(checkpoint.own_share(opened.buffer))
+        if opened.ages is not None:
+            state.buffer.ages.copy_(checkpoint.own_share(opened.ages))
     checkpoint.save(Path(args.run_dir) / START, state, 0)
     return opened
 
