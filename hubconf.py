@@ -2,7 +2,7 @@
 
     jem = torch.hub.load(".", "cifar10_wrn16_2", source="local")     # in a clone of this repository
 
-Each is the ``LoadedModel`` of utils/loading.py and takes the options of ``load_model``.
+Each entry returns a ``LoadedModel`` (utils/loading.py) and takes the options of ``load_model``.
 """
 
 from pathlib import Path as _Path  # torch.hub lists every name without an underscore

@@ -293,9 +293,7 @@ def judged(args, state, data):
 
 
 def evaluate(setup, network, epoch, means, log):
-    """Log the accuracies of ``network`` in eval mode. Draw the buffer and the run's curves. Update
-    best.pt.
-
+    """Log the accuracies of ``network`` in eval mode, draw buffer and curves, update best.pt.
     best.pt is chosen by validation accuracy. Without validation images it is the latest.
     """
     state = setup.state

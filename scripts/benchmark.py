@@ -270,7 +270,7 @@ def configurations(own, rest):
         keep = COUNTED if own.only == "ours" and not own.check else COUNTED | LITERAL
         wrong = [f"--{k}" for k, v in keep.items() if getattr(several[0], k) != v]
         if wrong:
-            raise program.InputError(f"{', '.join(wrong)}: the literal side has no such thing, or "
+            raise program.InputError(f"{', '.join(wrong)}: the literal side does not have this, or "
                                  "operations are not counted for it (--only ours allows more)")
     return groups
 

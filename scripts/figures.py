@@ -85,7 +85,7 @@ def curves(args):
 
 
 def overlay(args):
-    """All that the runs logged, laid over each other; a run is called by its folder."""
+    """Plot everything that the runs logged, one figure for all. Runs are named by their folders."""
     logs = {}
     for run in args.runs:
         log = records.read_jsonl(Path(run) / "train.jsonl")
@@ -188,7 +188,7 @@ def main(argv=None):
     p = program.parser(__doc__.splitlines()[0])
     p.add_argument("figure", choices=("p0", "curves", "evolution", "robustness"))
     p.add_argument("runs", nargs="*", metavar="RUN",
-                   help="curves: run folders to lay over each other, all that they logged")
+                   help="curves: run folders whose logs to plot together")
     p.add_argument("--out", type=program.path, required=True,
                    help="the picture (robustness: without _linf.png)")
     p.add_argument("--records", type=program.path, default=None,

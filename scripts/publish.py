@@ -40,7 +40,7 @@ def publish(run_dir, out, n_buffer):
     content = checkpoint.check(read(run_dir / "best.pt"), run_dir / "best.pt")
     log = records.read_jsonl(run_dir / "train.jsonl")
     if not log or log[-1].get("reason") != "finished":
-        raise program.InputError(f"{run_dir} has not finished: its training command goes on")
+        raise program.InputError(f"{run_dir} has not finished: run its training command again")
     if content["buffer"] is not None:
         every = max(1, len(content["buffer"]) // n_buffer)
         content["buffer"] = plots.to_uint8(content["buffer"][::every][:n_buffer].clone())

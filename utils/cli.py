@@ -221,8 +221,8 @@ def check_together(args):
     if args.shared_batch and args.clean_p_x:
         raise InputError("--shared_batch has no p(x) batch of its own for --clean_p_x")
     if args.shared_batch and args.labels_per_class:
-        raise InputError("--shared_batch is one labelled batch for p(x) as well, which is to have "
-                         "all images: drop it, or --labels_per_class")
+        raise InputError("--shared_batch uses the labelled batch for p(x) too, but with "
+                         "--labels_per_class p(x) uses all images: drop one of them")
     if args.energy_l2 and not args.p_x_weight:
         raise InputError("--energy_l2 bounds the energies of log p(x), which --p_x_weight 0 leaves "
                          "out: drop one of them")
@@ -304,8 +304,8 @@ def check_same_run(path, saved, now):
     try:
         before = completed(saved)
     except (InputError, TypeError, KeyError) as error:
-        raise InputError(f"{path} holds arguments that make no run here ({error}): choose another "
-                         "--run_dir") from error
+        raise InputError(f"{path} holds arguments that are not valid here ({error}): choose "
+                         "another --run_dir") from error
     if gone := sorted(before.keys() - now.keys()):
         raise InputError(f"{path} is of a run with --{', --'.join(gone)}, which this version does "
                          "not have: choose another --run_dir, or the version that made it")
@@ -331,5 +331,5 @@ def check_run_dir(run_dir, args):
     except ValueError:
         saved = None
     if not isinstance(saved, dict):
-        raise InputError(f"{path} is not what a run writes: mend it, or choose another --run_dir")
+        raise InputError(f"{path} is not what a run writes: repair it, or choose another --run_dir")
     check_same_run(path, saved, vars(args))

@@ -138,7 +138,7 @@ def from_torchvision(name, train, root, download):
     except (RuntimeError, OSError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "check the network, or put" if download else "drop --no-download to fetch it, or put"
-        raise Unavailable(f"{name} is not (whole) under {os.path.abspath(root)}: {hint} "
+        raise Unavailable(f"{name} is not complete under {os.path.abspath(root)}: {hint} "
                           f"{SPECS[name].files} there (--data_root) [{reason}]") from error
     finally:
         socket.setdefaulttimeout(before)

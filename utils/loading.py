@@ -16,16 +16,16 @@ from utils.program import InputError, Unavailable
 from utils.seeding import seed_step
 
 CHAIN_BATCH = 100  # chains that share their batch statistics, as in evaluation
-CHAIN_STEPS = 1000  # and how long they are
+CHAIN_STEPS = 1000  # outer steps of a chain
 
 
 def load_model(path, *, device="cpu", dataset=None, data_root=None):
-    """The model in a published folder or in any readable checkpoint file, ours or a released one:
-    a ``LoadedModel`` on ``device`` in eval mode.
+    """Load a published folder or a checkpoint file, ours or a released one.
 
-    ``dataset`` and ``data_root``: where fresh chains find the training images, if not where and
-    what the file says (a released file says nothing: cifar10, data). Nothing is downloaded.
-    InputError, in one line, for what cannot be read.
+    Returns a ``LoadedModel`` on ``device`` in eval mode. Fresh chains need the training images.
+    ``dataset`` and ``data_root`` override what the file says about them. Released files say
+    nothing, so the defaults are then cifar10 and data. Nothing is downloaded. A one-line InputError
+    for files that cannot be read.
     """
     opened = open_any(path)
     typed = {"dataset": dataset, "data_root": data_root}
@@ -35,8 +35,10 @@ def load_model(path, *, device="cpu", dataset=None, data_root=None):
 
 
 class LoadedModel(JEM):
-    """A ``JEM`` that samples by the settings it was trained with (``settings``), and brings along
-    what its file has of the replay buffer (``replay_buffer`` [n, 3, H, W] in [-1, 1], or None)."""
+    """A ``JEM`` that samples with its training ``settings``.
+
+    ``replay_buffer`` [n, 3, H, W] in [-1, 1] holds the buffer's images in its file, or is None.
+    """
 
     def __init__(self, opened, settings):
         super().__init__(opened.model)
@@ -44,14 +46,14 @@ class LoadedModel(JEM):
         self.register_buffer("replay_buffer", opened.buffer, persistent=False)
 
     def sample(self, n, y=None, n_steps=CHAIN_STEPS, start=None, seed=0):
-        """``n`` images [n, 3, H, W] in [-1, 1] from chains of ``n_steps`` outer steps of the
-        training sampler; with ``y`` (a class, or labels [n]) they descend E(x, y).
+        """``n`` images [n, 3, H, W] in [-1, 1], from chains of ``n_steps`` outer steps.
 
-        ``start``: "p0" starts chains afresh, as training does, which takes the training images to
-        estimate p_0 from; "buffer" goes on from images of the replay buffer, for a class in
-        proportion to p(y|x). None is "p0" where the training images are at hand and "buffer", with
-        a warning, where they are not. InputError where there is neither. The images are a function
-        of the arguments alone; the model and its running statistics stay as they are.
+        Chains use the training sampler. With ``y`` (a class, or labels [n]) they descend E(x, y).
+        ``start="p0"`` starts them from p_0, as in training. Estimating p_0 needs the training
+        images. ``start="buffer"`` continues from images of the replay buffer, for a class drawn in
+        proportion to p(y|x). ``None`` is "p0" if the training images are available, and otherwise
+        "buffer", with a warning. InputError if there is neither. The images depend only on the
+        arguments. The model and its running statistics do not change.
         """
         if start not in (None, "p0", "buffer"):
             raise InputError(f"start is 'p0', 'buffer' or None, not {start!r}")
@@ -78,7 +80,7 @@ class LoadedModel(JEM):
         return y.long()
 
     def beginnings(self, n, y, start, host):
-        """Where chains start, x_0 [n, 3, H, W]; ``host`` is a generator on the CPU."""
+        """The chains' start x_0 [n, 3, H, W]. ``host`` is a generator on the CPU."""
         if start != "buffer":
             try:
                 return self.p0.sample(n, y, host=host, generator=host)
@@ -98,7 +100,7 @@ class LoadedModel(JEM):
 
     @functools.cached_property
     def p0(self):
-        """p_0 of the training images, on the CPU; Unavailable where they are not at hand."""
+        """p_0 of the training images, on the CPU. Unavailable if they are missing."""
         s, n_classes = self.settings, self.config["n_classes"]
         if spec_of(s.dataset).n_classes != n_classes:
             raise Unavailable(f"{self.path} knows {n_classes} classes and {s.dataset} has "

@@ -109,7 +109,7 @@ def robustness_curves(curves, norm, title):
     return figure
 
 
-# What a run logs, panel by panel: {name in train.jsonl: name in the legend}.
+# The logged quantities by panel: {name in train.jsonl: name in the legend}.
 CURVES = {
     "loss and its terms": {"loss": "loss", "ce": "cross-entropy", "l2_pos": "λ E(x+)²",
                            "l2_neg": "λ E(x−)²"},
@@ -123,9 +123,10 @@ CURVES = {
 
 
 def training_curves(logs, title):
-    """What runs logged against their step, a panel a quantity; ``logs``: {label: the lines of
-    RUN/train.jsonl}. Of one run, each quantity has a colour; of several, each run has one and each
-    quantity a style of line. Rollbacks are dotted lines, where a run diverged for good a solid one.
+    """Logged quantities against the step. ``logs`` is {label: the lines of RUN/train.jsonl}.
+
+    With one run, each quantity of a panel has a colour. With several, each run has a colour and
+    each quantity a line style. Dotted vertical lines mark rollbacks, solid ones final divergences.
     """
     logged = {key for log in logs.values() for line in log for key in line}
     panels = {name: {key: words for key, words in names.items() if key in logged}
@@ -152,7 +153,7 @@ def training_curves(logs, title):
 
 
 def draw_logs(axis, logs, names):
-    """One panel: a line for each run of ``logs`` and each name that ``names`` has words for."""
+    """Draw one panel, a line for each run of ``logs`` and each key of ``names``."""
     alone = len(logs) == 1
     for i, (label, log) in enumerate(logs.items()):
         for j, (key, words) in enumerate(names.items()):
@@ -171,8 +172,10 @@ def draw_logs(axis, logs, names):
 
 
 def series(log, key):
-    """(steps, values) of what a log's lines call ``key``. A rollback breaks the line with a NaN;
-    what was not finite stands there as a word that float() reads."""
+    """(steps, values) of ``key`` in a log. A NaN breaks the line at a rollback.
+
+    Logs store values that are not finite as strings, which float() parses.
+    """
     points = [(line["step"], np.nan if line["kind"] == "rollback" else float(line[key]))
               for line in log if line["kind"] == "rollback" or line.get(key) is not None]
     return tuple(zip(*points, strict=True)) or ((), ())

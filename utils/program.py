@@ -62,7 +62,7 @@ def exit_code(main, program):
         mute()
         code = 128 + 13  # as a shell reports SIGPIPE
     except KeyboardInterrupt:
-        complain(f"{program}: interrupted; the same command starts over or goes on")
+        complain(f"{program}: interrupted: run the same command again")
         code = start.INTERRUPTED
     except MemoryError as error:
         complain(f"{program}: error: not enough memory: {str(error) or 'Python has none left'}")

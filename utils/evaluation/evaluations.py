@@ -99,7 +99,7 @@ def in_and_out_scores(subject, names, out_sets, n_images, sigma):
         except Unavailable as error:
             skip(f"ood {name}", error)
     if not outside:
-        raise Unavailable("no out set of --ood could be had")
+        raise Unavailable("no out set of --ood is available")
     return inside, outside, about
 
 

@@ -164,7 +164,7 @@ def out_set(text, size, *, in_x, root, seed, download=False, n=None):
     InputError for an unknown name or missing files.
     """
     if n is not None and n < 1:
-        raise InputError(f"{n} out-of-distribution images are none: ask for 1 or more")
+        raise InputError(f"{n} out-of-distribution images: ask for 1 or more")
     name, source = name_and_source(text)
     about = {} if name == source else {"origin": source}
     if source in LOADED or source.startswith("npz:"):
@@ -241,6 +241,6 @@ def celeba_test_names(home):
 
 def no_celeba(home, why):
     """The error that tells where to put CelebA's files."""
-    return Unavailable(f"celeba is not (whole) under {home} and is never downloaded: put the "
+    return Unavailable(f"celeba is not complete under {home} and is never downloaded: put the "
                        "unpacked folder img_align_celeba/ and list_eval_partition.txt (or Kaggle's "
                        f".csv) there, in the folder celeba/ of --data_root [{why}]")

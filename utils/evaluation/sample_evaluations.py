@@ -67,7 +67,7 @@ def each_on_its_own(metrics):
         except Unavailable as error:
             skip(name, error)
     if not had:
-        raise Unavailable(f"none of {', '.join(metrics)} could be had")
+        raise Unavailable(f"none of {', '.join(metrics)} is available")
 
 
 def reference_statistics(subject, reference, network, features_of):

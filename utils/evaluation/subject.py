@@ -142,7 +142,7 @@ class Subject:
     def finite(self, values):
         """Return ``values``, outputs of the network. InputError if one is NaN or infinite."""
         if not torch.isfinite(values).all():
-            raise InputError(f"{self.label}: what the network computes is not finite")
+            raise InputError(f"{self.label}: the network's outputs are not finite")
         return values
 
     @functools.cached_property
@@ -206,7 +206,7 @@ class Subject:
                                          "chains")
         stations = [torch.cat(parts) for parts in zip(*batches, strict=True)]
         if not torch.isfinite(stations[-1]).all():
-            raise InputError(f"{self.label}: its chains run off to infinity")
+            raise InputError(f"{self.label}: its chains diverge to infinity")
         return stations
 
     def n_generated(self):

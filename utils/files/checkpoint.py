@@ -271,8 +271,8 @@ def locked(run_dir):
                 if error.errno in LOCKED:
                     raise InputError(f"another process is using {run_dir}: wait for it, or choose "
                                      "another --run_dir") from error
-                say(f"{run_dir} lies where files cannot be locked [{error.strerror}]: see to it "
-                    "that no second process uses it")
+                say(f"files cannot be locked in {run_dir} [{error.strerror}]: make sure that no "
+                    "second process uses it")
         for folder in (Path(run_dir), Path(run_dir) / "samples"):
             for partial in folder.glob(".*.partial"):
                 partial.unlink(missing_ok=True)

@@ -1,5 +1,8 @@
-"""A published model is a folder: config.json holds all plain values of its checkpoint, and
-model.safetensors the weights and, as uint8, images of the replay buffer."""
+"""Published models. Each is a folder with two files.
+
+config.json holds all plain values of the checkpoint. model.safetensors holds the weights and, as
+uint8, images of the replay buffer.
+"""
 
 import json
 from pathlib import Path
@@ -12,18 +15,18 @@ from utils.files.torch_files import read_hashed
 from utils.program import InputError
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
-BUFFER = "replay_buffer"  # among the tensors; weights are called stem.… and trunk.…
+BUFFER = "replay_buffer"  # its name among the tensors; weights are named stem.… and trunk.…
 
 
 def folder_of(path):
-    """The published folder that ``path`` is, or is the tensors of; None for any other file."""
+    """The published folder if ``path`` is one or is its model.safetensors, else None."""
     path = Path(path)
     folder = path.parent if path.name == TENSORS else path
     return folder if (folder / CONFIG).is_file() and (folder / TENSORS).is_file() else None
 
 
 def write(folder, content, digest):
-    """Write a checkpoint's ``content`` into ``folder``; ``digest`` gives its "sha256"."""
+    """Write a checkpoint's ``content`` to ``folder``. ``digest`` computes its "sha256"."""
     plain = {k: v for k, v in content.items() if k not in ("model", "buffer", "sha256")}
     plain = json.loads(json.dumps(jsonable(plain)))  # as it will be read
     parts = {"model": content["model"], "buffer": content["buffer"]}
@@ -38,8 +41,10 @@ def write(folder, content, digest):
 
 
 def read(folder):
-    """(content, SHA-256 of model.safetensors) as ``write`` was given it, not yet checked.
-    InputError, in one line, for files that hold anything else."""
+    """(content as given to ``write``, SHA-256 of model.safetensors). The content is not checked.
+
+    A one-line InputError for files that hold anything else.
+    """
     tensors, sha256 = read_hashed(folder / TENSORS)
     try:
         plain = json.loads(read_bytes(folder / CONFIG, most=2**24))

@@ -122,13 +122,13 @@ def set_aside_damaged(run_dir):
         except Damaged as error:
             damaged[path] = str(error)
     if damaged and len(damaged) == len(paths):
-        raise InputError(f"{next(iter(damaged.values()))}. No whole file of the run is left "
-                         "to go on from: choose another --run_dir")
+        raise InputError(f"{next(iter(damaged.values()))}. No undamaged file of the run is left "
+                         "to continue from: choose another --run_dir")
     distributed.barrier()  # all ranks have read the files
     if distributed.rank() == 0:
         for path, fault in damaged.items():
             path.replace(path.with_suffix(".damaged"))
-            say(f"{fault}. Kept as {path.stem}.damaged: the run goes on without it")
+            say(f"{fault}. Kept as {path.stem}.damaged: the run continues without it")
     distributed.barrier()
     return {path.name: fault for path, fault in damaged.items()}
 

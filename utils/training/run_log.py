@@ -79,7 +79,7 @@ class RunLog:
         self.board.add_image("samples", picture, step)
 
     def curves(self):
-        """What the run has logged so far, as ``RUN/samples/curves.png``."""
+        """Plot everything logged so far to ``RUN/samples/curves.png``."""
         if self.writes:
             plots.save_figure(self.dir / "samples" / "curves.png", plots.training_curves(
                 {"": records.read_jsonl(self.file)}, self.title))
