@@ -221,8 +221,8 @@ def check_together(args):
     if args.shared_batch and args.clean_p_x:
         raise InputError("--shared_batch has no p(x) batch of its own for --clean_p_x")
     if args.shared_batch and args.labels_per_class:
-        raise InputError("--shared_batch uses the labelled batch for p(x) too, but with "
-                         "--labels_per_class p(x) uses all images: drop one of them")
+        raise InputError("--shared_batch gives p(x) the labelled batch, which --labels_per_class "
+                         "makes small: drop it, or --labels_per_class")
     if args.energy_l2 and not args.p_x_weight:
         raise InputError("--energy_l2 bounds the energies of log p(x), which --p_x_weight 0 leaves "
                          "out: drop one of them")
