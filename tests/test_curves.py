@@ -11,10 +11,11 @@ from utils import plots
 
 LOG = [{"kind": "header", "step": 0},
        *({"kind": "step", "step": k, "loss": 1.0 * k, "ce": 2.0, "e_pos": -1.0, "e_neg": -2.0,
-          "gap": 1.0, "grad_norm": 3.0, "accuracy": 0.5, "lr": 0.1} for k in (1, 2)),
+          "gap": 1.0, "chain_age": 9.0, "grad_norm": 3.0, "accuracy": 0.5, "lr": 0.1}
+         for k in (1, 2)),
        {"kind": "rollback", "step": 3, "to_step": 1, "cause": "loss is nan"},
        {"kind": "step", "step": 2, "loss": 7.0, "ce": 2.0, "e_pos": -1.0, "e_neg": "inf",
-        "gap": 1.0, "grad_norm": 3.0, "accuracy": 0.5, "lr": 0.1},
+        "gap": 1.0, "chain_age": 9.0, "grad_norm": 3.0, "accuracy": 0.5, "lr": 0.1},
        {"kind": "eval", "step": 2, "epoch": 1, "valid_accuracy": None, "test_accuracy": 0.25}]
 
 
@@ -53,9 +54,11 @@ def test_curves_are_what_was_logged_and_break_where_the_run_went_back(panels):
 
 
 def test_a_softmax_run_has_no_panel_of_energies_and_a_lost_run_ends_in_a_solid_line(panels):
-    log = [{k: v for k, v in line.items() if k not in ("e_pos", "e_neg", "gap")} for line in LOG]
+    of_chains = ("e_pos", "e_neg", "gap", "chain_age")
+    log = [{k: v for k, v in line.items() if k not in of_chains} for line in LOG]
     found = panels({"": [*log, {"kind": "end", "step": 5, "reason": "diverged"}]})
-    assert set(plots.CURVES) - set(found) == {"energies", "energy gap E(x+) − E(x−)"}
+    assert set(plots.CURVES) - set(found) == {"energies", "energy gap E(x+) − E(x−)",
+                                              "mean age of the chains, sampler steps"}
     assert faults(found["accuracy"]) == [(3, ":"), (5, "-")]
 
 

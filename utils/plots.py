@@ -115,6 +115,7 @@ CURVES = {
                            "l2_neg": "λ E(x−)²"},
     "energies": {"e_pos": "E(x+)", "e_neg": "E(x−)", "e_pos_y": "E(x+, y)", "e_neg_y": "E(x−, y)"},
     "energy gap E(x+) − E(x−)": {"gap": "gap"},
+    "mean age of the chains, sampler steps": {"chain_age": "age"},
     "gradient norm": {"grad_norm": "norm"},
     "accuracy": {"accuracy": "training batches", "valid_accuracy": "validation",
                  "test_accuracy": "test"},
