@@ -73,6 +73,16 @@ def images(text):
     return f"{kind}:{path(rest)}" if colon and kind in ("folder", "npz") else text
 
 
+def reference(text):
+    """An argparse type: real images to compare with (--reference)."""
+    if text in ("train", "train+test", "test") or text.startswith("folder:"):
+        return images(text)
+    if text.endswith(".npz"):
+        return path(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is none of train, train+test, test, folder:PATH "
+                                     "and FILE.npz")
+
+
 def group(p, title, typed_only=False):
     """Make a function that adds flags to a new group of ``p``.
 
@@ -340,8 +350,13 @@ def add_evaluation(p, evaluations):
          help="chains that share their batch statistics")
     flag("--top", type=FACTOR, default=1.0,
          help="keep this fraction of each predicted class, by p(y|x), before FID")
-    flag("--reference", choices=("train", "train+test", "test"), default="train+test",
-         help="real images of FID (the paper's: train+test)")
+    flag("--conditional", action=FLAG, default=False,
+         help="fresh chains per class, all classes in turn")
+    flag("--y", nargs="+", default=None, metavar="CLASS",
+         help="fresh chains of these classes in turn, by name or number")
+    flag("--reference", type=reference, default="train+test", metavar="SET",
+         help="real images of FID: train, test or train+test (the paper's) of --dataset, "
+              "folder:PATH, or FILE.npz with mu and sigma, as pytorch-fid saves them")
     flag("--is_splits", type=number(int, 1, 10**6), default=10, help="splits for Inception Score")
     flag("--kid_subsets", type=number(int, 1, 10**6), default=100)
     flag("--kid_subset_size", type=AT_LEAST_2, default=1000)

@@ -15,6 +15,7 @@ import numpy as np
 from utils import plots
 from utils.evaluation import calibration, robustness
 from utils.evaluation import ood as detection
+from utils.evaluation.export import export
 from utils.evaluation.inference import predict
 from utils.evaluation.sample_evaluations import best_worst, fid, samples
 from utils.evaluation.subject import Number, skip
@@ -171,7 +172,7 @@ def robust(subject, out, *, attacks, eps_linf, eps_l2, attack_steps, attack_rest
 
 EVALUATIONS = {"accuracy": accuracy, "calibration": calibrate, "ood": detect_ood, "fid": fid,
                "robustness": robust, "samples": samples, "best_worst": best_worst,
-               "histogram": histogram}
+               "histogram": histogram, "export": export}
 
 
 def named_by(function, settings):

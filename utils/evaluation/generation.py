@@ -11,6 +11,7 @@ import http.client
 import socket
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -34,6 +35,9 @@ from utils.program import InputError, Unavailable
 WEIGHTS_URL = pytorch_fid.inception.FID_WEIGHTS_URL
 # The published weights. With any other file the numbers are not FID, KID and IS.
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0,
+           (2, 0): np.lib.format.read_array_header_2_0}
+MOST_DIMENSIONS = 8192  # of a file of statistics; Inception's features have 2048
 KEPT_FEATURES = 10_000  # reference features cached for KID, 82 MB at 2048 dimensions
 
 
@@ -210,13 +214,42 @@ def select_per_class(probability, predicted, fraction):
 class Reference(NamedTuple):
     """Statistics of ``n`` reference images for frechet_distance, and features for KID.
 
-    ``features`` are float32 [at most KEPT_FEATURES, d], evenly spaced over the set.
+    ``features`` are float32 [at most KEPT_FEATURES, d], evenly spaced over the set. Where only the
+    statistics are known, ``n`` and ``features`` are None.
     """
 
     mean: np.ndarray
     covariance: np.ndarray
-    n: int
-    features: np.ndarray
+    n: int | None
+    features: np.ndarray | None
+
+
+def saved_statistics(path):
+    """The ``Reference`` of a statistics file of pytorch-fid: ``mu`` [d] and ``sigma`` [d, d].
+
+    InputError for anything else. Nothing is unpickled, and shapes are looked at before data.
+    """
+    path, arrays = Path(path), {}
+    try:
+        with regular(path) as file, zipfile.ZipFile(file) as archive:
+            for name, axes in (("mu", 1), ("sigma", 2)):
+                with archive.open(f"{name}.npy") as stream:
+                    read_header = HEADERS[np.lib.format.read_magic(stream)]
+                    shape, _, dtype = read_header(stream)
+                if len(shape) != axes or max(shape) > MOST_DIMENSIONS or dtype.kind != "f":
+                    raise ValueError(f"{name} is {dtype} of shape {shape}")
+                with archive.open(f"{name}.npy") as stream:
+                    arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
+        mu, sigma = (arrays[name].astype(np.float64) for name in ("mu", "sigma"))
+        if sigma.shape != (len(mu), len(mu)):
+            raise ValueError("their shapes do not fit together")
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise ValueError("they are not finite")
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, NotImplementedError,
+            zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"--reference {path} is no statistics file of pytorch-fid, which holds mu "
+                         f"[d] and sigma [d, d] [{one_line(error)}]") from error
+    return Reference(mu, sigma, None, None)
 
 
 @contextlib.contextmanager

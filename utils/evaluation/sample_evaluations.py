@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 from samplers import to_pixels
-from utils import plots
+from utils import image_folder, plots
 from utils.data import load
 from utils.evaluation import generation
 from utils.evaluation.inference import predict
 from utils.evaluation.subject import Number, skip
-from utils.files.checkpoint import open_any
-from utils.own_images import is_own
-from utils.program import Unavailable
+from utils.files.checkpoint import open_any, sha256_of
+from utils.own_images import is_own, path_of
+from utils.program import InputError, Unavailable
 from utils.seeding import seed_step
 
 
@@ -36,6 +36,8 @@ def fid(subject, out, *, features, inception_weights, top, reference, is_splits,
     """IS, FID and KID with pytorch-fid's Inception, fd_features with the network of --features."""
     # report whatever is missing before spending hours on chains
     subject.n_generated()
+    subject.classes([0])
+    about = about_reference(reference)
     judge = open_any(features) if features else None
     inception = None
     try:
@@ -46,13 +48,13 @@ def fid(subject, out, *, features, inception_weights, top, reference, is_splits,
         skip("IS, FID, KID", error)
     x, protocol = subject.generated()
     files = (out.npz("fid_images", images=x[:2000].numpy()),)
-    x, protocol = selected(subject, x, {**protocol, "reference": reference}, top)
+    x, protocol = selected(subject, x, {**protocol, **about}, top)
     metrics = {}
     if inception:
-        metrics |= inception_metrics(subject, x, protocol, *inception, is_splits, kid_subsets,
-                                     kid_subset_size)
+        metrics |= inception_metrics(subject, x, reference, protocol, *inception, is_splits,
+                                     kid_subsets, kid_subset_size)
     if judge:
-        metrics["fd_features"] = feature_distance(subject, x, protocol, judge)
+        metrics["fd_features"] = feature_distance(subject, x, reference, protocol, judge)
     for number in each_on_its_own(metrics):
         yield number._replace(files=files)
 
@@ -70,27 +72,52 @@ def each_on_its_own(metrics):
         raise Unavailable(f"none of {', '.join(metrics)} is available")
 
 
+def about_reference(reference):
+    """What a record says of --reference: train+test, a folder's name, or a file's name and hash."""
+    if reference.startswith("folder:"):
+        path = path_of(reference)
+        if not path.is_dir():
+            raise InputError(f"--reference {reference} is no folder")
+        return {"reference": f"folder:{path.resolve().name}"}
+    if reference.endswith(".npz"):
+        generation.saved_statistics(reference)  # what is wrong with it is told before chains run
+        return {"reference": Path(reference).name, "reference_sha256": sha256_of(reference)}
+    return {"reference": reference}
+
+
+def counted(real):
+    """How many images a reference has, as far as it tells."""
+    return {} if real.n is None else {"n_reference": real.n}
+
+
 def reference_statistics(subject, reference, network, features_of):
     """Statistics of all real images of --reference, cached beside the data.
 
     ``features_of(images)`` returns features [n, d]. ``network`` is the SHA-256 of its weights.
-    --n_train has no effect here.
+    --n_train has no effect here. A file of statistics is taken as it is.
     """
+    if reference.endswith(".npz"):
+        return generation.saved_statistics(reference)
+
     @functools.cache
     def images():
+        if reference.startswith("folder:"):
+            return image_folder.read(path_of(reference), subject.image_size)[0]
         return torch.cat([load(subject.dataset, subject.data_root, train=part == "train",
                                download=subject.download, size=subject.image_size).x
                           for part in reference.split("+")])
 
-    name = f"{subject.dataset}{subject.image_size}"
-    if is_own(subject.dataset):  # its images may change
-        name = f"own-{hashlib.sha256(images().numpy()).hexdigest()[:16]}"
+    name = f"{subject.dataset}{subject.image_size}-{reference}"
+    if is_own(subject.dataset) or reference.startswith("folder:"):  # its images may change
+        name = f"own-{hashlib.sha256(images().numpy()).hexdigest()[:16]}-"
+        name += reference.partition(":")[0]
     return generation.reference_statistics(
-        Path(subject.data_root) / "jempp-reference" / f"{name}-{reference}-{network[:16]}.npz",
+        Path(subject.data_root) / "jempp-reference" / f"{name}-{network[:16]}.npz",
         lambda: features_of(images()))
 
 
-def inception_metrics(subject, x, protocol, network, sha256, is_splits, subsets, subset_size):
+def inception_metrics(subject, x, reference, protocol, network, sha256, is_splits, subsets,
+                      subset_size):
     """{name: generator of numbers} for images ``x``, computed with Inception."""
     n, network = len(x), network.to(subject.device)
     protocol = {**protocol, "tool": "pytorch-fid", "inception_sha256": sha256,
@@ -104,7 +131,7 @@ def inception_metrics(subject, x, protocol, network, sha256, is_splits, subsets,
     @functools.cache
     def real():
         return reference_statistics(
-            subject, protocol["reference"], sha256, lambda images: generation.inception_outputs(
+            subject, reference, sha256, lambda images: generation.inception_outputs(
                 network, images, subject.batch_size)[0])
 
     def score():
@@ -114,9 +141,12 @@ def inception_metrics(subject, x, protocol, network, sha256, is_splits, subsets,
 
     def distance():
         value = generation.frechet_distance(generation.statistics(outputs()[0]), real())
-        yield Number("fid", value, "", n, {**protocol, "n_reference": real().n})
+        yield Number("fid", value, "", n, {**protocol, **counted(real())})
 
     def kernel_distance():
+        if real().features is None:
+            raise Unavailable(f"{protocol['reference']} holds the statistics of its images alone, "
+                              "KID needs features of each")
         mean, std = generation.kernel_inception_distance(
             outputs()[0], real().features, subsets, subset_size, subject.seed)
         yield Number("kid", mean, "", n, {**protocol, "n_reference": real().n, "subsets": subsets,
@@ -125,14 +155,17 @@ def inception_metrics(subject, x, protocol, network, sha256, is_splits, subsets,
     return {"IS": score(), "FID": distance(), "KID": kernel_distance()}
 
 
-def feature_distance(subject, x, protocol, judge):
+def feature_distance(subject, x, reference, protocol, judge):
     """The Frechet distance in the features of ``judge``, a checkpoint."""
     model, n = judge.model.to(subject.device), len(x)
 
     def features_of(images):
         return generation.penultimate_features(model, images, subject.batch_size)
 
-    reference = reference_statistics(subject, protocol["reference"], judge.sha256, features_of)
+    if reference.endswith(".npz"):
+        raise Unavailable(f"{protocol['reference']} holds Inception's statistics, not those of "
+                          "--features")
+    reference = reference_statistics(subject, reference, judge.sha256, features_of)
     features = features_of(x)
     distance = generation.frechet_distance(generation.statistics(features), reference)
     yield Number("fd_features", distance, "", n, {

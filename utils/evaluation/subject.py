@@ -92,6 +92,8 @@ class Subject:
     # generated images and fresh chains
     source: str
     n_samples: int | None
+    conditional: bool
+    y: list | None
     init: str
     sample_mode: str
     chain_steps: int
@@ -174,8 +176,27 @@ class Subject:
         """The sampler of fresh chains in the paper's words, "PYLD-1000-5"."""
         return sampler_name(self.sampler_flags(self.chain_steps))
 
-    def chains(self, n, y=None, snapshots=1):
-        """Fresh chains: a list of x [n, 3, H, W] (CPU) at 0, 1/s, ..., 1 of --chain_steps.
+    def classes(self, indices):
+        """The classes [n] of the fresh chains ``indices`` [n], or None for unconditional ones.
+
+        By --conditional all classes take turns, by --y those that it names or numbers.
+        """
+        if not (self.conditional or self.y):
+            return None
+        n_classes = self.model.config["n_classes"]
+        numbers = {str(k): k for k in range(n_classes)}
+        known = numbers | dict(zip(self.class_names[:n_classes], range(n_classes), strict=False))
+        if unknown := [word for word in self.y or [] if word not in known]:
+            raise InputError(f"--y {unknown[0]}: the classes of {self.label} are "
+                             f"{', '.join(map(str, self.class_names[:n_classes]))}")
+        turns = torch.tensor([known[word] for word in self.y] if self.y else range(n_classes))
+        return turns[torch.as_tensor(indices) % len(turns)]
+
+    def chain_runner(self, snapshots=1):
+        """A function ``run(b, n, y)`` that draws the ``n`` chains of batch ``b``.
+
+        It returns a list of x [n, 3, H, W] (CPU) at 0, 1/s, ..., 1 of --chain_steps. ``y`` [n] are
+        classes, or None.
 
         The sampler is that of training with --chain_steps steps. --sample_mode sets the mode of
         batch norm. In training mode the statistics depend on the batch, so the batch size is part
@@ -189,22 +210,33 @@ class Subject:
         draws = [make_sampler(self.sampler_flags(n_steps)) for n_steps in each]
         p0 = self.p0
 
-        def run(batch_and_indices):
-            batch, indices = batch_and_indices
+        def run(batch, n, y):
             streams = seed_step(self.seed, batch, "evaluation", self.device)
-            labels = None if y is None else y[indices]
-            x = p0.sample(len(indices), labels, host=streams.host, generator=streams.device)
-            labels = None if labels is None else labels.to(self.device)
+            x = p0.sample(n, y, host=streams.host, generator=streams.device)
+            y = None if y is None else y.to(self.device)
             stations = [x.cpu()]
-            for draw in draws:
-                x = draw(model, x, y=labels, generator=streams.device)
-                stations.append(x.cpu())
+            with frozen(model):
+                for draw in draws:
+                    x = draw(model, x, y=y, generator=streams.device)
+                    stations.append(x.cpu())
             return stations
 
-        with frozen(model):
-            batches = distributed.spread(run, enumerate(torch.arange(n).split(self.chain_batch)),
-                                         "chains")
-        stations = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+        return run
+
+    def chains(self, n, y=None, snapshots=1):
+        """``n`` fresh chains in batches of --chain_batch, as ``chain_runner`` draws them."""
+        run = self.chain_runner(snapshots)
+
+        def work(batch_and_indices):
+            batch, indices = batch_and_indices
+            return run(batch, len(indices), None if y is None else y[indices])
+
+        batches = distributed.spread(work, enumerate(torch.arange(n).split(self.chain_batch)),
+                                     "chains")
+        return self.finite_chains([torch.cat(parts) for parts in zip(*batches, strict=True)])
+
+    def finite_chains(self, stations):
+        """``stations``, or InputError if a chain has run off."""
         if not torch.isfinite(stations[-1]).all():
             raise InputError(f"{self.label}: its chains diverge to infinity")
         return stations
@@ -231,10 +263,12 @@ class Subject:
             order = torch.randperm(len(x), generator=generator("cpu", self.seed, "buffer order"))
             return plots.to_uint8(x[order[:n]]), {"source": "buffer"}
         if "chains" not in self.kept:
-            self.kept["chains"] = plots.to_uint8(self.chains(n)[-1])
+            self.kept["chains"] = plots.to_uint8(
+                self.chains(n, self.classes(range(n)))[-1])
         return self.kept["chains"], {
             "source": "scratch", "chain_steps": self.chain_steps, "chain_batch": self.chain_batch,
-            "init": self.init, "mode": self.sample_mode}
+            "init": self.init, "mode": self.sample_mode,
+            **({"conditional": self.y or "all classes"} if self.conditional or self.y else {})}
 
     def title(self, words, n):
         return f"{words}\n{self.label}, {self.dataset}, n = {n}"
