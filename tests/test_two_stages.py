@@ -110,7 +110,7 @@ def test_a_run_of_before_chains_had_ages_goes_on(copied, call):
     without_ages(run / "last.pt")
     code, out, err = call(train_jempp.main, words)
     assert code == 0, err
-    assert "last.pt is of before chains had an age: theirs is counted from here on" in out
+    assert "last.pt was saved before chains had ages: they are counted from here on" in out
     ages = checkpoint.load(run / "last.pt")["ages"]
     assert set(ages.tolist()) == {0, 2}  # one step of the run
     assert (ages > 0).sum() <= 16

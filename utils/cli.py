@@ -270,7 +270,7 @@ def n_parts(args):
 def check_values(saved):
     """InputError if one of the ``saved`` arguments has a value that its flag does not accept."""
     def refuse(message):
-        raise InputError(f"a run's arguments hold what no flag takes: {message[:200]}")
+        raise InputError(f"a run's arguments hold a value that no flag accepts: {message[:200]}")
 
     p, words = train_parser(), []
     p.error = refuse

@@ -130,7 +130,7 @@ class State:
 def ages_of(content, path):
     """The ages of this rank's chains in ``content``. An older file has none: they start at 0."""
     if content.get("ages") is None:
-        say(f"{path} is of before chains had an age: theirs is counted from here on")
+        say(f"{path} was saved before chains had ages: they are counted from here on")
         return torch.zeros(len(own_share(content["buffer"])), dtype=torch.int64)
     return own_share(content["ages"])
 

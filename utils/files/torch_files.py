@@ -64,7 +64,7 @@ def refusing(path):
     except IsADirectoryError:
         raise InputError(f"{path} is a folder: name a checkpoint file in it") from None
     except PermissionError:
-        raise InputError(f"{path} may not be read: permission denied") from None
+        raise InputError(f"{path} cannot be read: permission denied") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or one_line(error)}") from error
     except pickle.UnpicklingError as error:

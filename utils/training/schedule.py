@@ -68,7 +68,7 @@ def check_past_rates(before, now, step, steps_per_epoch):
         if was != would_be:
             raise InputError(f"the run has taken step {taken + 1} at the rate {was:.4g}; with "
                              f"these --n_epochs and --decay_epochs that would have been "
-                             f"{would_be:.4g}: change them only for what is still to come")
+                             f"{would_be:.4g}: change them only for steps still to come")
 
 
 class Due(NamedTuple):
