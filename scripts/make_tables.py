@@ -25,7 +25,7 @@ from scripts.tables.ours import compared, markdown_row, published  # noqa: E402
 from utils import flags, program  # noqa: E402
 from utils.files import records  # noqa: E402
 
-PAGE = ROOT / "results" / "README.md"
+PAGE, FRONT = ROOT / "results" / "README.md", ROOT / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 TITLES = {
     "table2": "Table 2. Hybrid models on CIFAR-10",
@@ -213,30 +213,47 @@ def main(argv=None):
     p.add_argument("--results", type=program.path, default=ROOT / "results", metavar="DIR",
                    help="folder of the records; without a paper.jsonl there, results/ has it")
     p.add_argument("--print", action="store_true", help="to the terminal (without other words)")
-    p.add_argument("--write", type=program.path, nargs="?", const=PAGE, metavar="FILE",
-                   help=f"write the tables between {BEGIN} and {END} of FILE (results/README.md)")
+    p.add_argument("--write", type=program.path, nargs="?", const="", metavar="FILE",
+                   help=f"write the tables between {BEGIN} and {END} of FILE (results/README.md, "
+                        "and the table of published models in README.md)")
     p.add_argument("--check", action="store_true",
-                   help="write nothing; exit code 1 if that file and the records disagree")
+                   help="write nothing; exit code 1 if a file and the records disagree")
     args = p.parse_args(argv)
-    results, file = Path(args.results), Path(args.write or PAGE)
+    results = Path(args.results)
     if not results.is_dir():
         raise program.InputError(f"--results {results} is no folder")
     texts = all_tables(results)
-    if args.print or not (args.write or args.check):
+    if args.print or args.write is None and not args.check:
         print("\n\n".join(texts.values()))
-    if not (args.write or args.check):
-        return program.EXIT_OK
-    before, between, after = split_file(file)
+    pages = {Path(args.write): texts} if args.write else {PAGE: texts, FRONT: front(texts)}
     if args.check:
-        wrong = disagreements(between, texts)
-        if wrong:
-            print(f"{file} and {results} disagree ({'; '.join(wrong)}): run "
-                  "python scripts/make_tables.py --write", file=sys.stderr)
-        return int(bool(wrong))
+        return int(any([disagree(file, own, results) for file, own in pages.items()]))
+    if args.write is not None:
+        for file, own in pages.items():
+            write(file, own)
+    return program.EXIT_OK
+
+
+def front(texts):
+    """What README.md shows: the published models, with links from there."""
+    return {MODELS: texts[MODELS].replace("](models/", "](results/models/")}
+
+
+def disagree(file, texts, results):
+    """Whether a file holds other tables than ``texts``, said in a line."""
+    wrong = disagreements(split_file(file)[1], texts)
+    if wrong:
+        print(f"{file} and {results} disagree ({'; '.join(wrong)}): run "
+              "python scripts/make_tables.py --write", file=sys.stderr)
+    return bool(wrong)
+
+
+def write(file, texts):
+    """Put the tables between the markers of a file."""
+    before, _, after = split_file(file)
     with records.replacing(file) as out:
         out.write("".join([before, BEGIN, "\n\n", "\n\n".join(texts.values()), "\n\n", END,
                            after]).encode())
-    return program.EXIT_OK
 
 
 if __name__ == "__main__":
