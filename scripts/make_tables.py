@@ -213,7 +213,7 @@ def main(argv=None):
     p.add_argument("--results", type=program.path, default=ROOT / "results", metavar="DIR",
                    help="folder of the records; without a paper.jsonl there, results/ has it")
     p.add_argument("--print", action="store_true", help="to the terminal (without other words)")
-    p.add_argument("--write", type=program.path, nargs="?", const="", metavar="FILE",
+    p.add_argument("--write", type=program.path, nargs="?", const=True, metavar="FILE",
                    help=f"write the tables between {BEGIN} and {END} of FILE (results/README.md, "
                         "and the table of published models in README.md)")
     p.add_argument("--check", action="store_true",
@@ -223,12 +223,14 @@ def main(argv=None):
     if not results.is_dir():
         raise program.InputError(f"--results {results} is no folder")
     texts = all_tables(results)
-    if args.print or args.write is None and not args.check:
+    if args.print or not (args.write or args.check):
         print("\n\n".join(texts.values()))
-    pages = {Path(args.write): texts} if args.write else {PAGE: texts, FRONT: front(texts)}
+    pages = {PAGE: texts, FRONT: front(texts)}
+    if args.write not in (None, True):
+        pages = {Path(args.write): texts}
     if args.check:
         return int(any([disagree(file, own, results) for file, own in pages.items()]))
-    if args.write is not None:
+    if args.write:
         for file, own in pages.items():
             write(file, own)
     return program.EXIT_OK
