@@ -37,7 +37,7 @@ def number(kind, low=None, high=None, *, above=None, finite=True):
         if not low <= value <= high or (above is not None and value <= above):
             raise argparse.ArgumentTypeError(f"{text} is not in {bounds}")
         if kind is float and 0 < abs(value) < SMALLEST:
-            raise argparse.ArgumentTypeError(f"{text} is 0 in float32: type 0 if you mean it")
+            raise argparse.ArgumentTypeError(f"{text} is too small for float32: type 0 instead?")
         return value
 
     return parse

@@ -99,7 +99,7 @@ def check_probabilities(p, y, name):
         raise ValueError(f"{name} is empty: there is nothing to measure")
     # Logits passed by mistake would give a plausible number. 1e-3 leaves room for float32 sums.
     if not ((p >= 0).all() and (np.abs(p.sum(1) - 1) < 1e-3).all()):  # false for NaN too
-        raise ValueError(f"the rows of {name} are not distributions: they hold NaN, or do not sum "
+        raise ValueError(f"the rows of {name} are no distributions: they hold NaN, or do not sum "
                          "to 1")
     if not (np.issubdtype(y.dtype, np.integer) and (y >= 0).all() and (y < p.shape[1]).all()):
         raise ValueError(f"y holds whole numbers from 0 to {p.shape[1] - 1}")
