@@ -1,4 +1,4 @@
-"""Generated images as files, for outside tools: PNGs in a folder, and one array of them all."""
+"""Exports generated images for other tools: PNGs in a folder, and one array of all images."""
 
 import dataclasses
 import zipfile
@@ -12,7 +12,7 @@ from utils import distributed, plots
 from utils.files import records
 from utils.program import InputError, say
 
-# Fields of a Subject that no pixel of a generated image depends on.
+# Fields of a Subject that do not affect generated images.
 ASIDE = {"opened", "label", "device", "data_root", "class_names", "download", "batch_size",
          "n_samples", "model", "kept"}
 AT_ONCE = 100  # images of the buffer that are written together
@@ -21,19 +21,19 @@ AT_ONCE = 100  # images of the buffer that are written together
 def export(subject, out):
     """Write --n_samples generated images as IMAGES/NNNNN.png, and all of them as IMAGES.npz.
 
-    ``arr_0`` of the .npz is uint8 [n, H, W, 3], as FID tools of others want it, ``arr_1`` [n] the
-    classes of conditional chains. Image i depends on the seed and i alone: chains run in whole
-    batches of --chain_batch. So a second call makes only those that are not there whole, and a
-    larger --n_samples goes on from them. The folder belongs to one checkpoint and its settings.
+    ``arr_0`` of the .npz is uint8 [n, H, W, 3], the format of other FID tools. ``arr_1`` [n] holds
+    the classes of conditional chains. Image i depends on the seed and i alone, because chains run
+    in whole batches of --chain_batch. So a second call only makes missing or partial images, and a
+    larger --n_samples continues from them. The folder belongs to one checkpoint and its settings.
     """
     n, scratch = subject.n_generated(), subject.source == "scratch"
     folder = out.folder / f"{out.stem}_images"
-    subject.classes([0])  # a wrong --y is told before the folder is taken
+    subject.classes([0])  # refuse a wrong --y before claiming the folder
     claim(folder, settings(subject))
     batches = torch.arange(n).split(subject.chain_batch if scratch else AT_ONCE)
     todo = [b for b, part in enumerate(progress(batches, "checking"))
             if not all(whole(png(folder, i)) for i in part.tolist())]
-    distributed.barrier()  # all have looked before anyone writes
+    distributed.barrier()  # all ranks have checked before any writes
     run = subject.chain_runner() if scratch and todo else None
     buffer = None if scratch else subject.generated()[0]
 
@@ -46,7 +46,7 @@ def export(subject, out):
 
     def write(b):
         part, images = batches[b], images_of(b)
-        for i, image in zip(part.tolist(), images, strict=False):  # the last batch may be cut
+        for i, image in zip(part.tolist(), images, strict=False):  # the last part may be shorter
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(png(folder, i))
         return len(part)
 
@@ -67,7 +67,7 @@ def png(folder, i):
 
 
 def whole(path):
-    """Whether a PNG is there with all its pixels."""
+    """Whether a PNG exists with all its pixels."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
@@ -77,7 +77,7 @@ def whole(path):
 
 
 def settings(subject):
-    """All that the images depend on besides their numbers."""
+    """All settings that the images depend on."""
     names = {field.name for field in dataclasses.fields(subject)} - ASIDE
     if subject.source == "buffer":
         names = {"source", "seed"}
@@ -86,7 +86,7 @@ def settings(subject):
 
 
 def claim(folder, now):
-    """Make ``folder`` that of images with the settings ``now``. InputError if it has others."""
+    """Claim ``folder`` for images with the settings ``now``. InputError if it has others."""
     file = folder / "settings.json"
     try:
         there = records.read_json(file)
@@ -94,7 +94,7 @@ def claim(folder, now):
         there = None
     except ValueError:
         there = {}
-    distributed.barrier()  # all have looked before the first one writes
+    distributed.barrier()  # all ranks have read the file before rank 0 writes
     if there is None:
         if distributed.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def claim(folder, now):
 
 
 def pack(folder, n, classes):
-    """Write FOLDER.npz of the first ``n`` images, one image in memory at a time."""
+    """Write FOLDER.npz from the first ``n`` images, with one image in memory at a time."""
     with Image.open(png(folder, 0)) as first:
         shape = (n, first.height, first.width, 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}

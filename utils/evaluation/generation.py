@@ -37,7 +37,7 @@ WEIGHTS_URL = pytorch_fid.inception.FID_WEIGHTS_URL
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0,
            (2, 0): np.lib.format.read_array_header_2_0}
-MOST_DIMENSIONS = 8192  # of a file of statistics; Inception's features have 2048
+MOST_DIMENSIONS = 8192  # in a file of statistics (Inception's features have 2048)
 KEPT_FEATURES = 10_000  # reference features cached for KID, 82 MB at 2048 dimensions
 
 
@@ -214,7 +214,7 @@ def select_per_class(probability, predicted, fraction):
 class Reference(NamedTuple):
     """Statistics of ``n`` reference images for frechet_distance, and features for KID.
 
-    ``features`` are float32 [at most KEPT_FEATURES, d], evenly spaced over the set. Where only the
+    ``features`` are float32 [at most KEPT_FEATURES, d], evenly spaced over the set. If only the
     statistics are known, ``n`` and ``features`` are None.
     """
 
@@ -227,7 +227,7 @@ class Reference(NamedTuple):
 def saved_statistics(path):
     """The ``Reference`` of a statistics file of pytorch-fid: ``mu`` [d] and ``sigma`` [d, d].
 
-    InputError for anything else. Nothing is unpickled, and shapes are looked at before data.
+    InputError for anything else. Nothing is unpickled. Shapes are checked before data are read.
     """
     path, arrays = Path(path), {}
     try:

@@ -73,20 +73,20 @@ def each_on_its_own(metrics):
 
 
 def about_reference(reference):
-    """What a record says of --reference: train+test, a folder's name, or a file's name and hash."""
+    """The record's entries for --reference: train+test, a folder's name, or a file and its hash."""
     if reference.startswith("folder:"):
         path = path_of(reference)
         if not path.is_dir():
             raise InputError(f"--reference {reference} is no folder")
         return {"reference": f"folder:{path.resolve().name}"}
     if reference.endswith(".npz"):
-        generation.saved_statistics(reference)  # what is wrong with it is told before chains run
+        generation.saved_statistics(reference)  # refuse a bad file before running chains
         return {"reference": Path(reference).name, "reference_sha256": sha256_of(reference)}
     return {"reference": reference}
 
 
 def counted(real):
-    """How many images a reference has, as far as it tells."""
+    """The record's entry for the number of reference images, if it is known."""
     return {} if real.n is None else {"n_reference": real.n}
 
 
@@ -94,7 +94,7 @@ def reference_statistics(subject, reference, network, features_of):
     """Statistics of all real images of --reference, cached beside the data.
 
     ``features_of(images)`` returns features [n, d]. ``network`` is the SHA-256 of its weights.
-    --n_train has no effect here. A file of statistics is taken as it is.
+    --n_train has no effect here. A file of statistics is used as it is.
     """
     if reference.endswith(".npz"):
         return generation.saved_statistics(reference)

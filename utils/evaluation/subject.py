@@ -179,7 +179,7 @@ class Subject:
     def classes(self, indices):
         """The classes [n] of the fresh chains ``indices`` [n], or None for unconditional ones.
 
-        By --conditional all classes take turns, by --y those that it names or numbers.
+        With --conditional all classes take turns, with --y the classes that it lists.
         """
         if not (self.conditional or self.y):
             return None
@@ -236,7 +236,7 @@ class Subject:
         return self.finite_chains([torch.cat(parts) for parts in zip(*batches, strict=True)])
 
     def finite_chains(self, stations):
-        """``stations``, or InputError if a chain has run off."""
+        """Return ``stations``. InputError if a chain has diverged."""
         if not torch.isfinite(stations[-1]).all():
             raise InputError(f"{self.label}: its chains diverge to infinity")
         return stations
