@@ -108,14 +108,23 @@ def test_what_does_not_go_together_is_one_line(call, words, complaint):
 
 # -- --energy_l2 ----------------------------------------------------------------------------------
 def test_the_energy_penalty_has_the_gradient_of_its_formula(monkeypatch):
-    model, ((x_pos, _)), x_neg, metrics = loss_of(
+    build_jem = JEM.build
+
+    def sharp(*words, **more):  # energies of new weights hardly differ
+        model = build_jem(*words, **more)
+        model.trunk.head.weight.data *= 30
+        return model
+
+    monkeypatch.setattr(JEM, "build", sharp)
+    model, (x_pos, _), x_neg, metrics = loss_of(
         monkeypatch, "--p_y_given_x_weight", "0", "--p_x_weight", "0.5", "--energy_l2", "0.3")
     e_pos, e_neg = model.energy(x_pos), model.energy(x_neg)
+    assert e_pos.std() > 0.1, "the mean of squares is not the square of the mean"
     penalty = 0.3 * (e_pos ** 2).mean(), 0.3 * (e_neg ** 2).mean()
     loss = 0.5 * (e_pos.mean() - e_neg.mean()) + sum(penalty)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     for p, expected in zip(model.parameters(), gradients, strict=True):
-        assert torch.allclose(p.grad, expected, atol=1e-5, rtol=1e-4)
+        assert torch.allclose(p.grad, expected, atol=1e-3, rtol=1e-3)
     assert metrics["l2_pos"] == pytest.approx(penalty[0].item(), rel=1e-5)
     assert metrics["l2_neg"] == pytest.approx(penalty[1].item(), rel=1e-5)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
