@@ -8,6 +8,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def pytest_collection_modifyitems(items):
@@ -27,7 +28,7 @@ def call(capsys, monkeypatch):
     from utils import program
 
     def run(main, argv):
-        before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+        before = {n: signal.getsignal(n) for n in SIGNALS}
         monkeypatch.setattr(sys, "argv", [Path(sys.modules[main.__module__].__file__).name])
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
