@@ -22,6 +22,14 @@ def empty_torch_home(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "torch_home"))
 
 
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """No picture of the curves at each evaluation of a tiny run, but where they are what is tested:
+    drawing takes longer than such a run."""
+    if "curves" not in request.node.nodeid:
+        monkeypatch.setattr("utils.training.run_log.RunLog.curves", lambda self: None)
+
+
 @pytest.fixture
 def call(capsys, monkeypatch):
     """Run a script's main with a list of words; returns (exit code, stdout, stderr)."""
