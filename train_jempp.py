@@ -67,72 +67,85 @@ def sample_negatives(model, draw, buffer, p0, n, args, streams, y=None):
 def loss_terms(state, draw, batch, buffer, p0, args, streams, p_x_weight):
     """The terms of Eq. 5 for one batch, as functions in the order of the released code's passes.
 
-    Each returns (a term of the loss, {name: scalar on the device} to log). The terms ``real`` and
-    ``sampled`` are Eq. 2, d(-log p(x)) = dE(x+) - dE(x-).
-
-    Each pass has its own batch statistics. So the order of the passes matters to batch norm, and
-    joining passes would change the result. Backpropagate each term before computing the next. Then
-    no graph outlives its pass, and none takes memory while the chains run. If called again, the
-    terms reuse their negative samples (sharpness-aware minimisation needs this).
+    Each returns (a term of the loss, {name: scalar on the device} to log). Each pass has its own
+    batch statistics. So the order of the passes matters to batch norm, and joining passes would
+    change the result. Backpropagate each term before computing the next. Then no graph outlives
+    its pass, and none takes memory while the chains run. If called again, the terms reuse their
+    negative samples (sharpness-aware minimisation needs this).
     """
-    model, net = state.model, state.net
-    x_pos, (x_lab, y_lab) = batch
-    x_pos, x_lab = in_layout(x_pos, args), in_layout(x_lab, args)
-    y = y_lab.to(x_lab.device, non_blocking=True)
-    negatives = {}
+    passes = Passes(state, draw, batch, buffer, p0, args, streams, p_x_weight)
+    terms = [passes.real, passes.sampled] if p_x_weight else []
+    terms += [passes.labelled] if args.p_y_given_x_weight or args.p_x_y_weight else []
+    return terms + ([passes.sampled_per_class] if args.p_x_y_weight else [])
 
-    def negative_energy(name, classes, y_of_energy=None):
-        if name not in negatives:
-            n = len(x_pos) if classes is None else len(classes)
-            negatives[name] = sample_negatives(model, draw, buffer, p0, n, args, streams, classes)
-        x_neg = negatives[name]
-        with of_sampled(model, args):
-            e = energy(net(x_neg), y_of_energy)
-        return e, (x_neg.abs() >= 1).float().mean()
 
-    def small(e, name):  # --energy_l2
-        if not args.energy_l2:
-            return 0.0, {}
-        penalty = args.energy_l2 * e.square().mean()
-        return penalty, {name: penalty}
+class Passes:
+    """The passes of one batch. ``real`` and ``sampled`` are Eq. 2, d(-log p(x)) = dE(x+) - dE(x-).
+    """
 
-    def real():  # log p(x), Eq. 2
-        e = energy(net(x_pos))
-        penalty, log = small(e, "l2_pos")
-        return p_x_weight * e.mean() + penalty, {"e_pos": e.mean(), **log}
+    def __init__(self, state, draw, batch, buffer, p0, args, streams, p_x_weight):
+        x_pos, (x_lab, self.y_lab) = batch
+        self.x_pos, self.x_lab = in_layout(x_pos, args), in_layout(x_lab, args)
+        self.y = self.y_lab.to(x_lab.device, non_blocking=True)
+        self.model, self.net, self.args = state.model, state.net, args
+        self.streams, self.p_x_weight, self.negatives = streams, p_x_weight, {}
+        self.chains = lambda n, y: sample_negatives(state.model, draw, buffer, p0, n, args,
+                                                    streams, y)
 
-    def sampled():
-        classes = None
-        if args.class_cond_p_x_sample:  # chains for uniform y, used as samples of p(x)
-            classes = torch.randint(model.config["n_classes"], (len(x_pos),),
-                                    generator=streams.host)
-        e, saturated = negative_energy("x", classes)
-        penalty, log = small(e, "l2_neg")
-        return (-p_x_weight * e.mean() + penalty,
+    def real(self):
+        """log p(x) of real images."""
+        e = energy(self.net(self.x_pos))
+        penalty, log = self.small(e, "l2_pos")
+        return self.p_x_weight * e.mean() + penalty, {"e_pos": e.mean(), **log}
+
+    def sampled(self):
+        """log p(x) of sampled images."""
+        classes, n = None, len(self.x_pos)
+        if self.args.class_cond_p_x_sample:  # chains for uniform y, used as samples of p(x)
+            classes = torch.randint(self.model.config["n_classes"], (n,),
+                                    generator=self.streams.host)
+        e, saturated = self.negative_energy("x", n, classes)
+        penalty, log = self.small(e, "l2_neg")
+        return (-self.p_x_weight * e.mean() + penalty,
                 {"e_neg": e.mean(), "saturated": saturated, **log})
 
-    def labelled():
-        x = x_lab
+    def labelled(self):
+        """log p(y|x), and log p(x, y) of real images."""
+        args, x, y = self.args, self.x_lab, self.y
         if args.adversarial != "none":
-            x = adversarial_batch(model, x_lab.clamp(-1, 1), y,
+            x = adversarial_batch(self.model, x.clamp(-1, 1), y,
                                   ball_radius(args.adv_eps, args.adversarial), args.adversarial,
-                                  steps=args.adv_steps, generator=streams.device)
-        logits = net(x)
+                                  steps=args.adv_steps, generator=self.streams.device)
+        logits = self.net(x)
         ce = F.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
         log = {"ce": ce, "accuracy": (logits.argmax(1) == y).float().mean()}
-        loss = args.p_y_given_x_weight * ce  # log p(y|x)
-        if args.p_x_y_weight:  # log p(x, y)
+        loss = args.p_y_given_x_weight * ce
+        if args.p_x_y_weight:
             log["e_pos_y"] = energy(logits, y).mean()
             loss = loss + args.p_x_y_weight * log["e_pos_y"]
         return loss, log
 
-    def sampled_per_class():
-        e, saturated = negative_energy("x, y", y_lab, y)
-        return -args.p_x_y_weight * e.mean(), {"e_neg_y": e.mean(), "saturated": saturated}
+    def sampled_per_class(self):
+        """log p(x, y) of sampled images."""
+        e, saturated = self.negative_energy("x, y", len(self.y_lab), self.y_lab, self.y)
+        return -self.args.p_x_y_weight * e.mean(), {"e_neg_y": e.mean(), "saturated": saturated}
 
-    terms = [real, sampled] if p_x_weight else []
-    terms += [labelled] if args.p_y_given_x_weight or args.p_x_y_weight else []
-    return terms + ([sampled_per_class] if args.p_x_y_weight else [])
+    def negative_energy(self, name, n, classes, y_of_energy=None):
+        """Energies [n] of the negative samples called ``name``, drawn at the first call, and the
+        fraction of their pixels at the bounds."""
+        if name not in self.negatives:
+            self.negatives[name] = self.chains(n, classes)
+        x_neg = self.negatives[name]
+        with of_sampled(self.model, self.args):
+            e = energy(self.net(x_neg), y_of_energy)
+        return e, (x_neg.abs() >= 1).float().mean()
+
+    def small(self, e, name):
+        """--energy_l2: the penalty that keeps energies near 0, and what to log of it."""
+        if not self.args.energy_l2:
+            return 0.0, {}
+        penalty = self.args.energy_l2 * e.square().mean()
+        return penalty, {name: penalty}
 
 
 def backward(parts, net):
@@ -209,7 +222,7 @@ def sharpness_aware(radius, state, parts, parameters, adaptive=False):
 
 def train(args, setup, log, stop):
     """The loop. Returns (reason, detail) of its end. RUN/last.pt then holds the last good state."""
-    state, data, run_dir = setup.state, setup.data, Path(args.run_dir)
+    state, data = setup.state, setup.data
     draw, guard = make_sampler(args), Guard(args, data.spec.n_classes)
     end = args.n_epochs * data.steps_per_epoch
     total = min(end, args.max_steps or end)
@@ -248,13 +261,9 @@ def train(args, setup, log, stop):
         # evaluate, save
         epoch = state.step // data.steps_per_epoch
         if now.evaluate or now.keep:
-            network = judged(args, state, data)
-        if now.evaluate:
-            evaluate(setup, network, epoch, means, log)
-        if now.keep:
-            checkpoint.save(run_dir / f"epoch_{epoch:04d}.pt", state, epoch, judged=network)
+            judge(args, setup, now, epoch, means, log)
         if saving:
-            save_last(run_dir, state, epoch, log, args.good_after)
+            save_last(args.run_dir, state, epoch, log, args.good_after)
             log.start_clock(state.step)
         if stopping and state.step < total:
             return stopping, "state saved; the same command goes on"
@@ -274,6 +283,15 @@ def go_back(args, setup, trouble, log, bar):
         f"(rollback {state.rollbacks} of {args.max_rollbacks})")
     bar.n = state.step
     return True
+
+
+def judge(args, setup, now, epoch, means, log):
+    """Evaluate the network and keep it as epoch_NNNN.pt, as far as that is due ``now``."""
+    network = judged(args, setup.state, setup.data)
+    if now.evaluate:
+        evaluate(setup, network, epoch, means, log)
+    if now.keep:
+        checkpoint.save(log.dir / f"epoch_{epoch:04d}.pt", setup.state, epoch, judged=network)
 
 
 def judged(args, state, data):

@@ -229,7 +229,7 @@ def main(argv=None):
     if args.write not in (None, True):
         pages = {Path(args.write): texts}
     if args.check:
-        return int(any([disagree(file, own, results) for file, own in pages.items()]))
+        return int(sum(disagree(file, own, results) for file, own in pages.items()) > 0)
     if args.write:
         for file, own in pages.items():
             write(file, own)

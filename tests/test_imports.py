@@ -18,7 +18,6 @@ PRODUCT = sorted(path.relative_to(ROOT).as_posix() for path in (
     *ROOT.glob("*.py"), *(file for folder in MAY_IMPORT for file in (ROOT / folder).rglob("*.py"))))
 TESTS = {path.stem for path in (ROOT / "tests").glob("*.py")}
 MOST_LINES = 50
-TOO_LONG = [("train_jempp.py", "loss_terms"), ("train_jempp.py", "train")]  # so far
 
 
 def imported(source):
@@ -81,13 +80,7 @@ def long_functions(source):
 @pytest.mark.parametrize("path", [path for path in PRODUCT if path != "utils/flags.py"])
 def test_no_function_is_longer_than_50_lines(path):
     found = long_functions((ROOT / path).read_text(encoding="utf-8"))
-    assert [(name, lines) for name, lines in found if (path, name) not in TOO_LONG] == []
-
-
-@pytest.mark.xfail(strict=True, reason="still too long; strike it from TOO_LONG once it is not")
-@pytest.mark.parametrize("path, name", TOO_LONG)
-def test_what_was_too_long_is_mended(path, name):
-    assert name not in dict(long_functions((ROOT / path).read_text(encoding="utf-8")))
+    assert found == []
 
 
 def test_a_long_function_is_found():
