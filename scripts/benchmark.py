@@ -36,18 +36,10 @@ import train_jempp  # noqa: E402
 from models import JEM, network_name  # noqa: E402
 from samplers import make_sampler  # noqa: E402
 from scripts.literal import Literal, check  # noqa: E402
-from utils import (  # noqa: E402
-    cli,
-    flags,  # noqa: E402
-    machine,
-    program,
-)
+from utils import cli, flags, machine, program  # noqa: E402
 from utils.files import records  # noqa: E402
 from utils.seeding import seed_step  # noqa: E402
-from utils.training.build import (
-    Setup,  # noqa: E402
-    build,  # noqa: E402
-)
+from utils.training.build import Setup, build  # noqa: E402
 
 SWITCHES = ("compile", "amp", "tf32", "cudnn_benchmark", "channels_last")
 JEM_FLAGS = Path(__file__).with_name("jem.flags").read_text(encoding="utf-8").split()

@@ -25,12 +25,7 @@ if __name__ == "__main__":
 
 from models import network_name  # noqa: E402
 from samplers import sampler_name  # noqa: E402
-from utils import (  # noqa: E402
-    cli,
-    flags,  # noqa: E402
-    machine,
-    program,
-)
+from utils import cli, flags, machine, program  # noqa: E402
 from utils.files import records  # noqa: E402
 
 STEPS = 8  # timed steps of a turn, after as many untimed ones

@@ -23,12 +23,7 @@ import torch  # noqa: E402
 from models import network_name  # noqa: E402
 from samplers import sampler_name  # noqa: E402
 from scripts.benchmark import SWITCHES, TURN, milliseconds, our_iteration  # noqa: E402
-from utils import (  # noqa: E402
-    cli,
-    flags,  # noqa: E402
-    machine,
-    program,
-)
+from utils import cli, flags, machine, program  # noqa: E402
 from utils.files import records  # noqa: E402
 from utils.training.build import build  # noqa: E402
 

@@ -21,12 +21,7 @@ if __name__ == "__main__":
 from models import network_name  # noqa: E402
 from samplers import sampler_name  # noqa: E402
 from scripts.benchmark import JEM_FLAGS, SWITCHES, TURN, milliseconds, our_iteration  # noqa: E402
-from utils import (  # noqa: E402
-    cli,
-    flags,  # noqa: E402
-    machine,
-    program,
-)
+from utils import cli, flags, machine, program  # noqa: E402
 from utils.files import records  # noqa: E402
 from utils.training.build import build  # noqa: E402
 

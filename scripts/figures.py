@@ -27,11 +27,7 @@ import torch  # noqa: E402
 from models import network_name  # noqa: E402
 from samplers import ClassGaussians  # noqa: E402
 from scripts.tables import sources  # noqa: E402
-from utils import (  # noqa: E402
-    flags,  # noqa: E402
-    plots,
-    program,
-)
+from utils import flags, plots, program  # noqa: E402
 from utils.data import load, spec_of  # noqa: E402
 from utils.files import records  # noqa: E402
 from utils.seeding import seed_step  # noqa: E402

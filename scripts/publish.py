@@ -23,12 +23,7 @@ from utils import start  # noqa: E402
 if __name__ == "__main__":
     start.begin()  # before the imports, which take seconds
 
-from utils import (  # noqa: E402
-    cli,
-    flags,  # noqa: E402
-    plots,
-    program,
-)
+from utils import cli, flags, plots, program  # noqa: E402
 from utils.files import checkpoint, published, records  # noqa: E402
 from utils.files.torch_files import read  # noqa: E402
 
