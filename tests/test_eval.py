@@ -283,6 +283,10 @@ def test_chains_are_drawn_in_the_training_mode_of_batch_norm(run):
         assert torch.equal(direct, end) == training
 
 
+def test_many_chain_steps_take_no_memory(run):
+    subject_of(run, "--eval", "samples", *QUICK, "--chain_steps", str(2**63 - 1)).chain_runner(10)
+
+
 def test_a_buffer_in_class_order_is_judged_in_random_order(run):
     judged = subject_of(run, "--eval", "fid", "--n_samples", "20", *QUICK)
     grey = torch.arange(40) / 127.5 - 1

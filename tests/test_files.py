@@ -182,6 +182,8 @@ def test_a_global_that_is_refused_is_named_with_a_way_out(tmp_path, value, name)
     lambda c: c["config"].update(bn_momentum={}), lambda c: c["config"].pop("depth"),
     lambda c: c["config"].update(depth=994, width=100), lambda c: c.update(step=-1),
     lambda c: c["args"].update(image_size=10**9), lambda c: c["args"].update(n_epochs="many"),
+    lambda c: c["args"].update(class_names=5), lambda c: c["args"].update(dataset=5),
+    lambda c: c["args"].pop("n_steps"), lambda c: c["args"].pop("depth"),
     lambda c: c["guard"].update(mean="x"), lambda c: c.update(buffer=c["buffer"][:1])])
 def test_values_of_a_wrong_kind_are_one_line(run, tmp_path, call, change):
     folder = copied(run, tmp_path / "run", "args.json")

@@ -171,9 +171,9 @@ def test_a_value_beyond_its_bounds_is_one_short_line(tmp_path, call, words):
 
 
 @pytest.mark.parametrize("words", [
-    ["--eps_l2", "1e-320"], ["--bins", str(2**63)], ["--chain_steps", str(2**63)],
-    ["--chain_batch", str(2**63)], ["--n_samples", str(2**63)], ["--load_path", ""],
-    ["--eps_linf", "1e39"]], ids=" ".join)
+    ["--eps_l2", "1e-320"], ["--bins", str(2**63)], ["--bins", "1000000"],
+    ["--chain_steps", str(2**63)], ["--chain_batch", str(2**63)], ["--n_samples", str(2**63)],
+    ["--load_path", ""], ["--eps_linf", "1e39"]], ids=" ".join)
 def test_a_value_of_an_evaluation_too(call, words):
     code, _, err = call(eval_jempp.main, ["--load_path", "x", "--eval", "accuracy", *words])
     assert code == 2

@@ -28,6 +28,8 @@ FREE = {"max_steps", "max_minutes", "ckpt_steps", "print_every", "keep_every", "
 SCHEDULE = {"n_epochs", "decay_epochs"}
 # Settings that belong to a data set.
 DATA = ("image_size", "n_valid", "n_train", "labels_per_class", "pad", "flip", "class_names")
+# Flags that name a run in the records. Every run that was ever saved has them.
+ALWAYS = {"dataset", "depth", "width", "in_steps", "n_steps"}
 # Flags of the machine. An evaluation does not take them from the checkpoint.
 MACHINE = {"device", "num_threads", "channels_last", "data_root", "download"}
 
@@ -268,7 +270,8 @@ def n_parts(args):
 
 
 def check_values(saved):
-    """InputError if one of the ``saved`` arguments has a value that its flag does not accept."""
+    """InputError if one of the ``saved`` arguments has a value that its flag does not accept, or
+    if one is missing that every run has."""
     def refuse(message):
         raise InputError(f"a run's arguments hold a value that no flag accepts: {message[:200]}")
 
@@ -283,7 +286,13 @@ def check_values(saved):
         elif value is not None:
             words.append(f"--{name}={value}")
     p.parse_args(words)
-    if not all(isinstance(name, str) for name in saved.get("class_names", ())):
+    if lacking := ALWAYS - saved.keys():
+        raise InputError(f"a run's arguments lack {', '.join(sorted(lacking))}")
+    for name in ("dataset", "network"):
+        if not isinstance(saved.get(name, ""), str):
+            refuse(name)
+    names = saved.get("class_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         refuse("class_names")
 
 

@@ -206,7 +206,7 @@ class Subject:
             raise InputError(f"{self.label}: its stem is not affine, which PYLD's short cut needs: "
                              "add --literal_pyld")
         model = copy.deepcopy(self.model).train(self.sample_mode == "train")
-        each = [len(p) for p in torch.arange(self.chain_steps).tensor_split(snapshots)]
+        each = [(self.chain_steps + k) // snapshots for k in reversed(range(snapshots))]
         draws = [make_sampler(self.sampler_flags(n_steps)) for n_steps in each]
         p0 = self.p0
 
