@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT
+from torch import nn
 
 from utils import cli
 from utils.evaluation.evaluations import EVALUATIONS
@@ -119,8 +121,22 @@ def test_readme_is_short_enough_to_be_read():
     assert len(README.splitlines()) <= 225
 
 
+def python_of(heading):
+    """The Python block of a section of README."""
+    section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
+    (snippet,) = re.findall("```python\n(.*?)```", section, flags=re.S)
+    return snippet
+
+
+def test_readmes_network_runs_as_printed():
+    found = {"nn": nn}
+    exec(python_of("Train"), found)
+    model = found["Mine"](**found["Mine"](n_classes=7).config)
+    assert model.trunk(model.stem(torch.zeros(2, 3, 32, 32))).shape == (2, 7)
+
+
 def test_readmes_five_lines_of_python_run_as_printed():
-    (snippet,) = re.findall("```python\n(.*?)```", README, flags=re.S)
+    snippet = python_of("Load a trained model")
     assert len(snippet.splitlines()) == 5
     found = {}
     exec(snippet.replace("16, y=5, n_steps=20", "4, y=5, n_steps=2"), found)
