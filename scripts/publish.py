@@ -101,20 +101,22 @@ def card(out):
     formerly = [f"The records name the same weights by the SHA-256 of their earlier file, "
                 f"`{k}`: `{v}`." for k, v in config.get("formerly", {}).items()]
     env, flags = run["env"], run["flags"]
+    shown = out.name if out.is_absolute() else out.as_posix()  # no path of this machine
     kind, buffer = "softmax network", ""
     if flags.get("p_x_weight", 1) or flags.get("p_x_y_weight", 0):
         kind, buffer = "JEM++", " and images of the replay buffer as uint8"
     lines = [
         f"# {out.name}", "",
         f"A {kind} of {run['parameters']:,} parameters on {flags.get('dataset', 'cifar10')}, "
-        f"trained for {run['epoch']} epochs ({run['step']:,} steps, {run['minutes']} minutes of "
-        f"training on {env['device']}, {env['cpu']}, {run['threads']} thread(s)) with torch "
+        f"trained for {run['epoch']} epoch{'s' * (run['epoch'] != 1)} ({run['step']:,} steps, "
+        f"{run['minutes']} minutes of training on {env['device']}, {env['cpu']}, "
+        f"{run['threads'] or 'all'} thread(s)) with torch "
         f"{env['torch']} at commit {env['commit'][:8]}. Rollbacks: {run['rollbacks']}.", "",
         "All numbers on this page are †: the network is far smaller and the run far shorter than "
         f"the paper's. `{published.TENSORS}` holds float32 weights{buffer}. Its SHA-256 is "
         f"`{weights}`.", *formerly, "",
         "```bash", command(run), "",
-        f"python eval_jempp.py --load_path {out.as_posix()} --eval accuracy calibration "
+        f"python eval_jempp.py --load_path {shown} --eval accuracy calibration "
         "--splits test",
         "```", "", *table(out), ""]
     for picture in sorted(out.glob("*.png")):

@@ -28,7 +28,7 @@ def test_readmes_lines_run_in_a_clone_without_data(tmp_path, monkeypatch):
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     p = jem.log_p_y_given_x(x).exp()
     score = -jem.energy(x)
-    with pytest.warns(UserWarning, match="no data folder"):
+    with pytest.warns(UserWarning, match="give load_model their data_root .no data folder"):
         images = jem.sample(16, y=5, n_steps=2)
     assert not jem.training and torch.allclose(p.sum(1), torch.ones(2)) and score.shape == (2,)
     assert images.shape == (16, 3, 32, 32) and images.abs().max() <= 1

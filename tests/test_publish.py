@@ -48,6 +48,7 @@ def test_a_run_is_published_and_evaluates_as_before(tmp_path, call):
     code, said, err = call(publish.main, ["card", out])
     assert code == 0, err
     card = (out / "README.md").read_text()
+    assert str(tmp_path) not in card and "for 1 epoch (" in card
     digest = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
     assert digest in card and f"{100 * dict(values[0])['accuracy']:.2f} %" in card
     command = re.search(r"python train_jempp.py (.*)", card)[1].split()

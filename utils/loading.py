@@ -89,7 +89,8 @@ class LoadedModel(JEM):
                     raise InputError(f"fresh chains need the training images: {error}; give "
                                      "load_model their data_root") from error
                 warnings.warn(f"chains go on from the replay buffer (start='buffer'): fresh ones "
-                              f"need the training images, {error}", stacklevel=3)
+                              f"need the training images, give load_model their data_root "
+                              f"({error})", stacklevel=3)
         if self.replay_buffer is None:
             raise InputError(f"{self.path} holds no replay buffer to start from")
         if y is None:
