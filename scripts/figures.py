@@ -123,9 +123,8 @@ def points_of(label, run, log):
 def evolution(args):
     """Accuracy and all image metrics in the records against epoch, one panel for each."""
     series = defaultdict(dict)
-    for r in records.read_jsonl(args.records):
-        if r["metric"] in ("accuracy", "is_mean", "fid", "kid", "fd_features"):
-            series[r["metric"]][r["checkpoint"]["epoch"]] = r["value"]
+    for r in measured(args.records, ("accuracy", "is_mean", "fid", "kid", "fd_features")):
+        series[r["metric"]][r["checkpoint"]["epoch"]] = r["value"]
     if not series:
         raise program.InputError(f"{args.records} holds no accuracy or image metric")
     figure, axes = plots.plt.subplots(1, len(series), figsize=(3.2 * len(series), 2.8),
@@ -140,7 +139,7 @@ def evolution(args):
 def robustness(args):
     """Accuracy against budget, mean and spread over seeds, a line for each method and attack."""
     lines = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    found = [r for r in records.read_jsonl(args.records) if r["metric"] == "robust_accuracy"]
+    found = measured(args.records, ("robust_accuracy",))
     if not found:
         raise program.InputError(f"{args.records} holds no robust_accuracy")
     kept = belonging_together(sources.by_time(found))
@@ -156,6 +155,12 @@ def robustness(args):
         points = {key: mean_and_spread(line) for key, line in curves_of.items()}
         plots.save_figure(f"{args.out}_{norm}.png", plots.robustness_curves(
             points, norm, f"Accuracy under attack, n = {kept[-1]['n']}"))
+
+
+def measured(path, metrics):
+    """The records of ``metrics`` in a file. InputError names a line that is no record."""
+    return [r for r in sources.read_lines(Path(path), sources.complain_of_record)
+            if r["metric"] in metrics]
 
 
 def belonging_together(found):

@@ -225,7 +225,7 @@ def main(argv=None):
     texts = all_tables(results)
     if args.print or not (args.write or args.check):
         print("\n\n".join(texts.values()))
-    pages = {PAGE: texts, FRONT: front(texts)}
+    pages = {PAGE: texts} | ({FRONT: front(texts)} if MODELS in texts else {})
     if args.write not in (None, True):
         pages = {Path(args.write): texts}
     if args.check:

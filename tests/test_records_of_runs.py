@@ -210,7 +210,8 @@ def test_points_of_the_learning_curves_are_records(tmp_path, call):
 def attack(value, method="JEM++", seed=1, time=0, eps=2, attack="pgd", **training):
     args = vars(cli.train_args(["--depth", "10", "--width", "1", "--seed", str(seed)]))
     return {"metric": "robust_accuracy", "value": value, "n": 300, "method": method,
-            "dataset": "cifar10", "time": f"2026-01-01T00:00:{time:02d}Z",
+            "dataset": "cifar10", "env": {"device": "cpu", "cpu": "a", "commit": "b"},
+            "time": f"2026-01-01T00:00:{time:02d}Z",
             "protocol": {"norm": "linf", "attack": attack, "eps_255": eps},
             "training": records.training_of(args | training, 9)}
 
@@ -233,6 +234,15 @@ def test_robustness_shows_mean_and_spread_of_what_belongs_together(tmp_path, cal
     assert eps == [0.0, 2.0] and means == pytest.approx([0.8, 0.5])
     assert spread == pytest.approx([0, 0.02 ** 0.5])
     assert curves["Softmax", "pgd"][1] == [0.5]
+
+
+@pytest.mark.parametrize("figure", ("robustness", "evolution"))
+@pytest.mark.parametrize("line", ('{"a": 1}', "[1]", '{"metric": "accuracy"}'))
+def test_a_line_that_is_no_record_is_named(tmp_path, call, figure, line):
+    (tmp_path / "a.jsonl").write_text(f"\n{line}\n")
+    code, _, err = call(figures.main, [figure, "--records", tmp_path / "a.jsonl", "--out",
+                                       tmp_path / "a"])
+    assert code == 2 and err.count("\n") == 1 and "a.jsonl:2: " in err
 
 
 def test_a_model_has_one_colour_and_an_attack_one_line_style():

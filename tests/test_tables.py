@@ -339,6 +339,22 @@ def test_a_bad_line_is_named_by_file_and_number(tables, line, complaint):
     assert "table3.jsonl:2: " in err and complaint in err
 
 
+def test_blank_lines_are_skipped(tables):
+    (tables.folder / "table3.jsonl").write_text(f"\n{json.dumps(record('accuracy', 0.9))}\n\n")
+    assert tables({})[0] == 0
+
+
+def test_a_device_among_the_records_is_one_line(tables):
+    (tables.folder / "table3.jsonl").symlink_to("/dev/null")
+    code, _, err = tables({})
+    assert code == 2 and "is a device" in err and err.count("\n") == 1
+
+
+def test_a_folder_without_published_models_is_checked(tables):
+    code, _, err = tables({}, "--check")
+    assert code == 1 and "results/README.md" in err and err.count("\n") == 1
+
+
 def test_numbers_of_the_paper_are_checked_as_well(tables):
     (tables.folder / "paper.jsonl").write_text('{"table": "table2"}\n')
     code, _, err = tables({})

@@ -11,6 +11,7 @@ import json
 import math
 
 from scripts.tables.protocol import FREE
+from utils.files.regular import read_bytes
 from utils.program import InputError
 
 NUMBER = ("table", "row", "column", "dataset", "value", "unit", "printed")
@@ -26,12 +27,17 @@ SHOWN = ("accuracy", "ece", "auroc", "is_mean", "fid", "fd_features", "iteration
 
 
 def read_lines(path, complaint):
-    """The JSON objects of a file, [] if there is no file. InputError names a bad line."""
+    """The JSON objects of a file, [] if there is no file. Blank lines are skipped.
+
+    InputError names a bad line.
+    """
     objects = []
-    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+    for number, line in enumerate(read_bytes(path).splitlines() if path.exists() else [], 1):
+        if not line.strip():
+            continue
         try:
             objects.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}:{number}: not JSON ({error})") from None
         wrong = complaint(objects[-1]) if isinstance(objects[-1], dict) else "not a JSON object"
         if wrong:
