@@ -21,6 +21,7 @@ from helpers import ROOT, tiny
 import eval_jempp
 import train_jempp
 from utils import cli, flags, machine, program, start
+from utils.evaluation.evaluations import file_name
 from utils.files import checkpoint, records
 from utils.training.guard import Stop
 
@@ -221,6 +222,10 @@ def test_names_that_are_not_utf_8_end_in_records(trained, tmp_path, call, monkey
     found = records.read_jsonl(odd / "eval" / "results.jsonl")
     assert {r["label"] for r in found} == {"�"}
     assert list((odd / "eval").glob("*.png"))
+
+
+def test_an_out_set_whose_name_is_not_utf_8_has_a_name_for_files():
+    assert file_name("folder:/a/" + os.fsdecode(b"\xff")) == "folder-�"
 
 
 def test_results_that_cannot_be_written_name_the_way_out(trained, call, monkeypatch):

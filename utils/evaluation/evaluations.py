@@ -8,6 +8,7 @@ ood.py, generation.py and robustness.py.
 
 import functools
 import inspect
+import os
 from pathlib import Path
 
 import numpy as np
@@ -107,8 +108,9 @@ def in_and_out_scores(subject, names, out_sets, n_images, sigma):
 
 
 def file_name(out_set):
-    """An out set's name for files and panels. A path is shortened to its last part."""
-    kind, _, path = out_set.partition(":")
+    """An out set's name for files and panels. A path is shortened to its last part, and its bytes
+    that are not UTF-8 become �."""
+    kind, _, path = os.fsencode(out_set).decode(errors="replace").partition(":")
     return f"{kind}-{Path(path).name}" if path else kind
 
 
