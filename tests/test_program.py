@@ -69,8 +69,9 @@ def test_an_unknown_user_gets_a_name_and_a_home(monkeypatch, tmp_path):
 
 
 def test_ctrl_c_while_importing_is_one_line_and_code_130():
-    process = subprocess.Popen([*TRAIN, "--help"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                               stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(  # whoever runs the tests may ignore SIGINT, as background jobs do
+        [*TRAIN, "--help"], cwd=ROOT, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
