@@ -155,12 +155,12 @@ sys.path.insert(0, {root!r})
 import train_jempp
 from utils import program
 
-def rate(step, *others, of=learning_rate):
+def rate(step, *others, of=train_jempp.learning_rate):
     if step == 4 and os.environ["RANK"] == "1":
         raise {error}
     return of(step, *others)
 
-learning_rate = rate
+train_jempp.learning_rate = rate
 program.run(train_jempp.main)
 """
 
