@@ -42,7 +42,7 @@ def test_a_record_tells_every_argument_but_the_machines():
     args = vars(cli.train_args(["--p_x_weight", "0.1", "--eps", "inf", "--ema", "0.9"]))
     told = records.training_of(args, 7, **NAMES)
     assert told.items() >= {"p_x_weight": 0.1, "eps": "inf", "ema": 0.9, "labelled_batch": 64,
-                            "pyld_lr": 0.2, "max_gap": 1000.0, "step": 7, **NAMES}.items()
+                            "pyld_lr": 0.2, "max_gap": 50.0, "step": 7, **NAMES}.items()
     assert args.keys() - told.keys() == records.ASIDE & args.keys()
     assert args.keys() >= records.ASIDE | records.GUARD
     computed = (cli.FREE | cli.MACHINE) - records.ASIDE - records.GUARD
