@@ -497,7 +497,8 @@ def inject(monkeypatch, *steps):
 
 
 QUICK = ["--n_steps", "1", "--n_train", "32", "--batch_size", "16", "--print_every", "100",
-         "--eval_every", "1000", "--buffer_size", "20", "--init", "uniform", "--n_epochs", "100"]
+         "--eval_every", "1000", "--buffer_size", "20", "--init", "uniform", "--n_epochs", "100",
+         "--max_gap", "1000"]
 
 
 def rollbacks(tmp_path):
