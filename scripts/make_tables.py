@@ -41,6 +41,7 @@ MODELS = "Models to load (results/models)"
 DIGITS = "The rows of Tables 2 and 5 on digits, three seeds"
 OURS = {
     "options": "Options past the paper, one at a time (JEM++, M = 5)",
+    "probes": "Short runs: one thing changed at a time",
     "precision": "bfloat16 against float32",
 }
 HEADS = {

@@ -106,8 +106,13 @@ def script(tmp_path):
 
 
 def trained_rows(commands):
-    """{(method, run folder): resolved training arguments} of a script's commands."""
-    runs = {words[words.index("--run_dir") + 1]: cli.train_args(words)
+    """{(method, run folder): resolved training arguments} of a script's commands. They begin at
+    --load_path where nothing was trained, so it is left out."""
+    def without_start(words):
+        at = words.index("--load_path") if "--load_path" in words else len(words)
+        return words[:at] + words[at + 2:]
+
+    runs = {words[words.index("--run_dir") + 1]: cli.train_args(without_start(words))
             for program, *words in commands if program == "train_jempp.py"}
     return {(words[words.index("--method") + 1], words[0]): runs[words[0]]
             for program, *words in commands if program.endswith("record_run.py")}
@@ -148,13 +153,25 @@ def test_digits_rows_are_the_papers_in_miniature(script):
                      "adam", "uniform-bn", "uniform-no-bn", "informative-no-bn"}
 
 
-def test_probes_differ_in_the_weight_alone(script):
-    code, err, commands = script("probes")
-    rows = trained_rows(commands)
-    runs = [records.training_of(vars(args), None) for args in rows.values()]
-    assert (code, err) == (0, "") and [r.pop("p_x_weight") for r in runs] == [1, 0.3, 0.1, 0]
-    assert all(r == runs[0] for r in runs) and runs[0]["n_epochs"] == 2
-    assert runs[0].items() >= {"depth": 10, "width": 2, "amp": "bf16", "ema": 0.99}.items()
+def test_each_probe_changes_one_thing(script):
+    code, err, commands = script("probes", SEEDS="1")
+    runs = {method: records.training_of(vars(args), None)
+            for (method, _), args in trained_rows(commands).items()}
+    parts = {"softmax: rate 0.1": 6, "joint stage: weight 0.3, rate 0.02, B 500": 7,
+             "statistics: momentum 0.9": 4}
+    assert (code, err, len(runs)) == (0, "", sum(parts.values()) + len(parts) + 3)
+    for base, n_others in parts.items():
+        kind = base.split(":")[0] + ":"
+        changed = {m: {k for k, v in run.items() if v != runs[base][k]} - {"global_batch_size"}
+                   for m, run in runs.items() if m.startswith(kind) and m != base}
+        assert len(changed) == n_others
+        for method, names in changed.items():
+            together = {"batch_size", "buffer_size"} if "chains" in method else {"bn_momentum",
+                                                                                 "bn_update"}
+            assert len(names) == 1 or names == together, (method, names)
+    starts = [words[words.index("--load_path") + 1] for program, *words in commands
+              if program == "train_jempp.py" and "--load_path" in words]
+    assert len(starts) == 8 + 5 and all("probe-softmax-seed1/last.pt" in name for name in starts)
 
 
 def test_every_file_of_records_has_its_command():

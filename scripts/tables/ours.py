@@ -6,19 +6,22 @@ from scripts.tables import sources
 from scripts.tables.cells import NOTHING, described, rollbacks
 from utils.files import records
 
-COMPARED = {"accuracy": ("accuracy %", 100), "ece": ("ECE %", 100), "energy_gap": ("gap", 1),
-            "fd_features": ("fd_features", 1)}  # metric: (head, scale)
+MARGIN = {"attack": "margin", "norm": "linf", "eps_255": 2.0}
+LOG_P_X = {"score": "log_p_x"}
+COMPARED = {  # column: (metric, protocol to match, factor)
+    "accuracy %": ("accuracy", {}, 100), "ECE %": ("ece", {}, 100), "gap": ("energy_gap", {}, 1),
+    "fd_features": ("fd_features", {}, 1), "L∞ 2/255 %": ("robust_accuracy", MARGIN, 100),
+    "AUROC CIFAR-100": ("auroc", LOG_P_X | {"out": "cifar100"}, 1),
+    "SVHN": ("auroc", LOG_P_X | {"out": "svhn"}, 1)}
 PUBLISHED = {  # column: (metric, protocol to match, factor, the paper's number for M = 5)
     "accuracy %": ("accuracy", {"split": "test"}, 100, ("table2", "accuracy", {})),
     "ECE %": ("ece", {"split": "test"}, 100, None),
-    "AUROC log p(x), CIFAR-100": ("auroc", {"score": "log_p_x", "out": "cifar100"}, 1,
-                                  ("table7", "auroc", {"score": "log_p_x", "out": "cifar100"})),
-    "interp": ("auroc", {"score": "log_p_x", "out": "interp"}, 1,
-               ("table7", "auroc", {"score": "log_p_x", "out": "interp"})),
-    "L∞ 2/255 %": ("robust_accuracy", {"attack": "margin", "norm": "linf", "eps_255": 2.0}, 100,
-                   None),
-    "L∞ 8/255 %": ("robust_accuracy", {"attack": "margin", "norm": "linf", "eps_255": 8.0}, 100,
-                   None),
+    "AUROC log p(x), CIFAR-100": ("auroc", LOG_P_X | {"out": "cifar100"}, 1,
+                                  ("table7", "auroc", LOG_P_X | {"out": "cifar100"})),
+    "interp": ("auroc", LOG_P_X | {"out": "interp"}, 1,
+               ("table7", "auroc", LOG_P_X | {"out": "interp"})),
+    "L∞ 2/255 %": ("robust_accuracy", MARGIN, 100, None),
+    "L∞ 8/255 %": ("robust_accuracy", MARGIN | {"eps_255": 8.0}, 100, None),
 }
 
 
@@ -32,8 +35,8 @@ def compared(title, own_records, script):
     It gives means ± standard deviation over the seeds that did not diverge, and the numbers of
     diverged seeds and of rollbacks.
     """
-    metrics = [m for m in COMPARED if any(r["metric"] == m for r in own_records)]
-    head = ["", *(COMPARED[m][0] for m in metrics), "seeds", "diverged", "rollbacks"]
+    columns = [c for c in COMPARED if any(fills(r, c) for r in own_records)]
+    head = ["", *columns, "seeds", "diverged", "rollbacks"]
     lines = [f"### {title}", "", markdown_row(head),
              markdown_row(["---"] + ["---:"] * (len(head) - 1))]
     used, datasets, in_time = [], {}, sources.by_time(own_records)
@@ -41,22 +44,27 @@ def compared(title, own_records, script):
                                          if r["metric"] in ("accuracy", "diverged")):
         of_row = sources.of_row(method, dataset, in_time)
         lost = {sources.seed_of(r) for r in of_row if r["metric"] == "diverged"}
-        cells = [mean(of_row, metric, lost) for metric in metrics]
+        cells = [mean(of_row, column, lost) for column in columns]
         seeds = {sources.seed_of(r) for r in of_row}
         counts = len(seeds), len(lost), sum(rollbacks(of_row).values())
         lines.append(markdown_row([f"`{method}`", *cells, *map(str, counts)]))
-        used += [r for r in of_row if r["metric"] in COMPARED]
+        used += [r for r in of_row if any(fills(r, c) for c in columns)]
         datasets[dataset] = None
     about = f"{', '.join(datasets)}: {described(used, whole=False)}" if used else ""
     return "\n".join([*lines, "", f"† {about}; `bash scripts/{script}.sh`."])
 
 
-def mean(of_row, metric, lost):
-    """The cell of one method and metric, from the latest record of each seed on the test split."""
-    latest = {sources.seed_of(r): r["value"] for r in of_row if r["metric"] == metric
-              and r["protocol"].get("split", "test") == "test"}
-    scale = COMPARED[metric][1]
-    x = [scale * value for seed, value in latest.items() if seed not in lost]
+def fills(record, column):
+    """Whether a record's value, on the test split, stands in this column."""
+    metric, wanted, _ = COMPARED[column]
+    protocol = {"split": "test"} | (record["protocol"] or {})
+    return record["metric"] == metric and protocol | wanted | {"split": "test"} == protocol
+
+
+def mean(of_row, column, lost):
+    """The cell of one method and column, from the latest record of each seed."""
+    latest = {sources.seed_of(r): r["value"] for r in of_row if fills(r, column)}
+    x = [COMPARED[column][2] * value for seed, value in latest.items() if seed not in lost]
     spread = f" ± {statistics.stdev(x):.2f}" if len(x) > 1 else ""
     return f"{statistics.mean(x):.2f}{spread}†" if x else NOTHING
 
