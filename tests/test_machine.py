@@ -12,6 +12,21 @@ from models import JEM, frozen
 from utils import cli, machine
 
 
+@pytest.fixture(autouse=True)
+def wide_vectors(monkeypatch):
+    """A CPU on which --fast compiles and leaves bfloat16 off, wherever the tests run."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+
+
+def test_fast_compiles_only_where_that_pays(monkeypatch):
+    words = ["--device", "cpu", "--fast"]
+    assert cli.train_args(words).compile == "default"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert cli.train_args(words).compile == "off"
+    assert cli.train_args([*words, "--compile", "default"]).compile == "default"
+
+
 @pytest.mark.parametrize("kind", ("cpu", "cuda"))
 def test_fast_turns_on_what_pays_and_what_is_typed_wins(kind):
     plain = vars(cli.train_args(["--device", kind]))

@@ -8,7 +8,8 @@ import torch
 
 from utils.program import InputError, say
 
-# The settings of --fast by kind of device. A CPU with native bfloat16 gets --amp bf16 as well.
+# The settings of --fast by kind of device. A CPU with native bfloat16 gets --amp bf16 as well. One
+# whose widest vectors are AVX2 gets nothing: compiled passes were no faster there than PyTorch's.
 FAST = {"cpu": {"compile": "default"},
         "cuda": {"compile": "reduce-overhead", "amp": "bf16", "cudnn_benchmark": True}}
 BF16_BOUND = 0.03  # ten times the rounding error
@@ -84,8 +85,11 @@ def keep_freed_memory(keep=True):
 def fill_in_switches(args):
     """Set the switches that were not typed: off, or with --fast what is faster on the device."""
     fast = dict(FAST.get(kind(args.device), {})) if args.fast else {}
-    if args.fast and kind(args.device) == "cpu" and args.amp is None and native_bf16():
-        fast["amp"] = "bf16" if bf16_error() < BF16_BOUND else "off"
+    if args.fast and kind(args.device) == "cpu":
+        if torch.backends.cpu.get_cpu_capability() == "AVX2":
+            fast["compile"] = "off"
+        if args.amp is None and native_bf16():
+            fast["amp"] = "bf16" if bf16_error() < BF16_BOUND else "off"
     for name, off in OFF.items():
         if getattr(args, name) is None:
             setattr(args, name, fast.get(name, off))
