@@ -30,12 +30,12 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
 from torch.profiler import ProfilerActivity  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import train_jempp  # noqa: E402
-from models import JEM, network_name  # noqa: E402
+from models import network_name  # noqa: E402
 from samplers import make_sampler  # noqa: E402
 from scripts.literal import Literal, check  # noqa: E402
+from scripts.operations import forward_flop, forward_images  # noqa: E402
 from utils import cli, flags, machine, program  # noqa: E402
 from utils.files import records  # noqa: E402
 from utils.seeding import seed_step  # noqa: E402
@@ -97,23 +97,6 @@ def our_sampling(args, state, data, p0):
                                  args.batch_size, args, streams)
 
 
-def forward_flop(config, size, n_images):
-    """Operations (2 per multiply-add) of a forward pass over a batch, counted without a device."""
-    with torch.device("meta"):
-        model, x = JEM.build(**config).eval(), torch.empty(1, 3, size, size)
-    with FlopCounterMode(display=False) as counter:
-        model(x)
-    return counter.get_total_flops() * n_images
-
-
-def forward_images(args):
-    """The cost of one iteration in forward passes over single images.
-
-    A backward pass to the input counts as one forward pass, one to the weights as well as two.
-    """
-    return (2 * args.n_steps + 6) * args.batch_size + 3 * args.labelled_batch
-
-
 def matrix_product(args, device):
     """(a large matrix product in the precision in use, its operations, the precision's name)."""
     n = 8192 if device.type == "cuda" else 2048
@@ -140,7 +123,8 @@ def prepare(method, several, device, literal):
         if literal:
             work |= {"literal_ms": functools.partial(other.step, args),
                      "literal_sampling_ms": functools.partial(other.sample, args)}
-        facts["flop"] = forward_flop(state.model.config, args.image_size, forward_images(args))
+        facts["flop"] = forward_flop(state.model.config, args.image_size,
+                                     forward_images(vars(args)))
         yield method, args, work, dict(facts)
 
 

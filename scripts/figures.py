@@ -6,6 +6,7 @@
     python scripts/figures.py curves --line M=10 runs/a runs/b --out fig5.png       # Fig. 5
     python scripts/figures.py evolution --records fig6.jsonl --out fig6.png         # Fig. 6
     python scripts/figures.py robustness --records fig9.jsonl --out fig9            # Fig. 9
+    python scripts/figures.py cost --out cost.png       # accuracy against operations, all models
 
 ``curves --line`` also writes its points to --records FILE.
 """
@@ -15,7 +16,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 from utils import start  # noqa: E402
 
@@ -26,11 +28,15 @@ import torch  # noqa: E402
 
 from models import network_name  # noqa: E402
 from samplers import ClassGaussians  # noqa: E402
+from scripts.operations import run_pflop  # noqa: E402
 from scripts.tables import sources  # noqa: E402
+from scripts.tables.protocol import ROWS, papers_training  # noqa: E402
 from utils import flags, plots, program  # noqa: E402
 from utils.data import load, spec_of  # noqa: E402
 from utils.files import records  # noqa: E402
 from utils.seeding import seed_step  # noqa: E402
+
+WRN_28_10 = {"depth": 28, "width": 10}  # the paper's
 
 
 def p0(args):
@@ -157,6 +163,48 @@ def robustness(args):
             points, norm, f"Accuracy under attack, n = {kept[-1]['n']}"))
 
 
+def cost(args):
+    """Test accuracy against the operations of training: results/models and the paper's rows."""
+    figure, axis = plots.plt.subplots(figsize=(6, 4))
+    for kind, marker, points in (("paper", "s", papers_costs()), ("here", "o", our_costs())):
+        for name, pflop, accuracy in points:
+            axis.plot([pflop], [100 * accuracy], marker, color={"paper": "C3", "here": "C0"}[kind])
+            axis.annotate(f" {name}", (pflop, 100 * accuracy), fontsize=7)
+    axis.set(xscale="log", xlabel="training, 10¹⁵ operations (counted)",
+             ylabel="CIFAR-10 test accuracy, %", title="paper (squares) and here (circles)")
+    axis.margins(x=0.25)
+    axis.grid(alpha=0.3)
+    plots.save_figure(args.out, figure)
+
+
+def papers_costs():
+    """Yield (row, PFLOP, accuracy) of the paper's CIFAR-10 rows that have a training here."""
+    numbers, _ = sources.read_paper(ROOT / "results", ROOT / "results")
+    for number in numbers:
+        row = number["row"]
+        if number["table"] == "table2" and number["column"] == "accuracy" and row in ROWS and (
+                row.startswith("JEM++") or row == "WRN w/ BN"):
+            args = papers_training(row, "cifar10")
+            args |= {"p_x_weight": args.get("p_x_weight", 1)}
+            yield row, run_pflop(args, WRN_28_10, 45000, 703 * args["n_epochs"]), number["value"]
+
+
+def our_costs():
+    """Yield (model, PFLOP, accuracy) of the CIFAR-10 records of results/models.
+
+    Older records do not tell all arguments of their training, and so not its cost.
+    """
+    for path in sorted((ROOT / "results" / "models").glob("*/*.jsonl")):
+        for r in measured(path, ("accuracy",)):
+            trained = r["training"] or {}
+            if r["dataset"] == "cifar10" and r["protocol"]["split"] == "test" and (
+                    "labelled_batch" in trained):
+                config = {"depth": trained["depth"], "width": trained["width"]}
+                name = path.parent.name + ("" if path.stem == "records" else f", {path.stem}")
+                yield name, run_pflop(trained, config, trained["n_train"] or 45000,
+                                      trained["step"]), r["value"]
+
+
 def measured(path, metrics):
     """The records of ``metrics`` in a file. InputError names a line that is no record."""
     return [r for r in sources.read_lines(Path(path), sources.complain_of_record)
@@ -187,7 +235,7 @@ def mean_and_spread(line):
 
 def main(argv=None):
     p = program.parser(__doc__.splitlines()[0])
-    p.add_argument("figure", choices=("p0", "curves", "evolution", "robustness"))
+    p.add_argument("figure", choices=("p0", "curves", "evolution", "robustness", "cost"))
     p.add_argument("runs", nargs="*", metavar="RUN",
                    help="curves: run folders whose logs to plot together")
     p.add_argument("--out", type=program.path, required=True,
@@ -206,7 +254,7 @@ def main(argv=None):
     if args.figure in ("evolution", "robustness") and not args.records:
         raise program.InputError(f"{args.figure}: name a results file with --records")
     draw = {"p0": p0, "curves": overlay if args.runs else curves, "evolution": evolution,
-            "robustness": robustness}
+            "robustness": robustness, "cost": cost}
     draw[args.figure](args)
     return program.EXIT_OK
 

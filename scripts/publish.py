@@ -23,6 +23,7 @@ from utils import start  # noqa: E402
 if __name__ == "__main__":
     start.begin()  # before the imports, which take seconds
 
+from scripts.operations import run_pflop  # noqa: E402
 from utils import cli, flags, plots, program  # noqa: E402
 from utils.files import checkpoint, published, records  # noqa: E402
 from utils.files.torch_files import read  # noqa: E402
@@ -70,7 +71,9 @@ def write_account(out, log, content):
         "flags": typed, "minutes": round(seconds / 60, 1), "env": header["env"],
         "threads": header["args"]["num_threads"], "parameters": header["parameters"],
         "n_train": header["n_train"], "step": content["step"], "epoch": content["epoch"],
-        "rollbacks": log[-1].get("rollbacks"), "evaluations": [
+        "rollbacks": log[-1].get("rollbacks"),
+        "pflop": run_pflop(header["args"], content["config"], header["n_train"], content["step"]),
+        "evaluations": [
             {k: r.get(k) for k in ("epoch", "valid_accuracy", "test_accuracy")}
             for r in log if r["kind"] == "eval"],
         "last_step": {k: v for k, v in steps[-1].items() if k != "kind"}})
@@ -103,13 +106,14 @@ def card(out):
     env, flags = run["env"], run["flags"]
     shown = out.name if out.is_absolute() else out.as_posix()  # no path of this machine
     kind, buffer = "softmax network", ""
+    cost = f"{run['pflop']:.3g}·10¹⁵ operations, " if "pflop" in run else ""
     if flags.get("p_x_weight", 1) or flags.get("p_x_y_weight", 0):
         kind, buffer = "JEM++", " and images of the replay buffer as uint8"
     lines = [
         f"# {out.name}", "",
         f"A {kind} of {run['parameters']:,} parameters on {flags.get('dataset', 'cifar10')}, "
         f"trained for {run['epoch']} epoch{'s' * (run['epoch'] != 1)} ({run['step']:,} steps, "
-        f"{run['minutes']} minutes of training on {env['device']}, {env['cpu']}, "
+        f"{cost}{run['minutes']} minutes of training on {env['device']}, {env['cpu']}, "
         f"{run['threads'] or 'all'} thread(s)) with torch "
         f"{env['torch']} at commit {env['commit'][:8]}. Rollbacks: {run['rollbacks']}.", "",
         "All numbers on this page are †: the network is far smaller and the run far shorter than "

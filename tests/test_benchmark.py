@@ -12,7 +12,7 @@ from helpers import ROOT, TINY
 
 import train_jempp
 from samplers import make_sampler
-from scripts import benchmark, benchmark_switches, benchmark_table4, literal
+from scripts import benchmark, benchmark_switches, benchmark_table4, literal, operations
 from utils import cli
 from utils.files.records import read_jsonl
 from utils.machine import pick_device
@@ -32,7 +32,7 @@ def test_the_benchmark_times_both_sides(call, tmp_path):
     assert result["sampling_ms"] < result["fast_ms"]
     assert result["ceiling_share"] == pytest.approx(result["tflops"] / result["ceiling_tflops"])
     flop = result["tflops"] * result["fast_ms"] * 1e9
-    assert flop == pytest.approx(16 * (2 * 2 + 9) * benchmark.forward_flop(
+    assert flop == pytest.approx(16 * (2 * 2 + 9) * operations.forward_flop(
         {"depth": 10, "width": 1}, 16, 1))
     assert result["images_per_s"] == pytest.approx(16000 / result["fast_ms"])
     assert result["ceiling_precision"] == "float32" and result["device"] == "cpu"
@@ -71,14 +71,37 @@ def test_what_cannot_be_measured_is_refused(call, flags, word):
 
 
 def test_passes_per_step_are_the_papers_cost():
-    cost = {m: benchmark.forward_images(cli.train_args(["--n_steps", str(m)])) / 64
+    cost = {m: operations.forward_images(vars(cli.train_args(["--n_steps", str(m)]))) / 64
             for m in (5, 10, 20)}
     assert cost == {5: 19, 10: 29, 20: 49}
 
 
+@pytest.mark.parametrize(("words", "passes"), [
+    (["--p_x_weight", "0"], 3), (["--p_x_y_weight", "1"], 2 * 29 - 6),
+    (["--p_x_weight", "0", "--adversarial", "linf"], 3 + 2 * 7), (["--sam", "0.1"], 20 + 2 * 9),
+    (["--batch_size", "32", "--labelled_batch", "128"], 26 / 2 + 3 * 2),
+    (["--accumulate", "2"], 2 * 29)])
+def test_passes_per_step_of_other_runs(words, passes):
+    args = vars(cli.train_args(words))
+    assert operations.forward_images(args) / 64 == passes
+
+
+def test_two_stages_cost_what_their_steps_do():
+    args = vars(cli.train_args(["--p_x_from", "2", "--batch_size", "100", "--depth", "10",
+                                "--width", "1"]))
+    config = {"depth": 10, "width": 1, "n_classes": 10}
+    a_pass = operations.forward_flop(config, 32, 100) / 1e15
+    for steps, passes in ((15, 15 * 3), (20, 20 * 3), (25, 20 * 3 + 5 * 29)):
+        cost = operations.run_pflop(args, config, 1099, steps)
+        assert cost == pytest.approx(passes * a_pass)
+    paper = operations.run_pflop(vars(cli.train_args([])), {"depth": 28, "width": 10}, 45000,
+                                 150 * 703)
+    assert paper == pytest.approx(2300, rel=0.02)
+
+
 def test_the_papers_network_has_the_operations_that_are_known():
     config = {"depth": 28, "width": 10, "n_classes": 10}
-    assert benchmark.forward_flop(config, 32, 1) / 2 == pytest.approx(5.95e9, rel=0.01)
+    assert operations.forward_flop(config, 32, 1) / 2 == pytest.approx(5.95e9, rel=0.01)
 
 
 def sides(*flags):

@@ -287,7 +287,8 @@ def add_speed(p, typed_only=False):
     flag = group(p, "speed", typed_only)
     flag("--fast", action=FLAG, default=False,
          help="turn on what makes training faster: on a CPU --compile default if it has more than "
-              "AVX2, and --amp bf16 if it has that; on a GPU --compile reduce-overhead --amp bf16 --cudnn_benchmark")
+              "AVX2, and --amp bf16 if it has that; on a GPU --compile reduce-overhead --amp bf16 "
+              "--cudnn_benchmark")
     flag("--compile", choices=("off", "default", "reduce-overhead", "max-autotune"),
          default=None, help="torch.compile of the network's passes, by mode; the first "
          "steps take a minute; reduce-overhead and max-autotune use CUDA graphs (off)")

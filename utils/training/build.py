@@ -16,8 +16,8 @@ from utils.machine import check_memory, compiled
 from utils.program import InputError
 from utils.seeding import generator
 
-
-NORMS = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm)  # batch, instance; group, layer
+# batch and instance norm, group and layer norm
+NORMS = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm)
 
 
 class Setup(NamedTuple):
