@@ -283,6 +283,12 @@ def test_chains_are_drawn_in_the_training_mode_of_batch_norm(run):
         assert torch.equal(direct, end) == training
 
 
+def test_snapshots_of_a_chain_do_not_change_it(run):
+    judged = subject_of(run, "--eval", "samples", *QUICK, "--step_decay", "0.5")
+    whole, in_parts = judged.chains(12), judged.chains(12, snapshots=3)
+    assert len(in_parts) == 4 and torch.equal(whole[-1], in_parts[-1])
+
+
 def test_many_chain_steps_take_no_memory(run):
     subject_of(run, "--eval", "samples", *QUICK, "--chain_steps", str(2**63 - 1)).chain_runner(10)
 

@@ -167,9 +167,14 @@ class Subject:
             raise InputError(f"{self.label}: its replay buffer is not finite")
         return buffer.float()
 
-    def sampler_flags(self, n_steps):
-        """The settings as a namespace for ``make_sampler`` and ``sampler_name``."""
-        return SimpleNamespace(**vars(self) | {"n_steps": n_steps})
+    def sampler_flags(self, n_steps, before=0):
+        """The settings as a namespace for ``make_sampler`` and ``sampler_name``.
+
+        ``before``: steps that the chain has taken already, which count for --step_decay.
+        """
+        decay = self.step_decay**before
+        return SimpleNamespace(**vars(self) | {
+            "n_steps": n_steps, "pyld_lr": decay * self.pyld_lr, "sgld_lr": decay * self.sgld_lr})
 
     @property
     def sampler(self):
@@ -185,6 +190,7 @@ class Subject:
             return None
         n_classes = self.model.config["n_classes"]
         numbers = {str(k): k for k in range(n_classes)}
+        # strict=False: a foreign checkpoint may have more classes than names
         known = numbers | dict(zip(self.class_names[:n_classes], range(n_classes), strict=False))
         if unknown := [word for word in self.y or [] if word not in known]:
             raise InputError(f"--y {unknown[0]}: the classes of {self.label} are "
@@ -207,7 +213,8 @@ class Subject:
                              "add --literal_pyld")
         model = copy.deepcopy(self.model).train(self.sample_mode == "train")
         each = [(self.chain_steps + k) // snapshots for k in reversed(range(snapshots))]
-        draws = [make_sampler(self.sampler_flags(n_steps)) for n_steps in each]
+        draws = [make_sampler(self.sampler_flags(n_steps, sum(each[:k])))
+                 for k, n_steps in enumerate(each)]
         p0 = self.p0
 
         def run(batch, n, y):
