@@ -10,7 +10,7 @@ source "$(dirname "$0")/common.sh"
 
 RATE=(--schedule linear --nesterov --weight_decay 0.0005 --alternating_flip)
 if [ "$SCALE" != tiny ]; then
-    SIZE=(--depth 10 --width 1 --num_threads 1 --print_every 50)
+    SIZE=(--depth 10 --width 1 --num_threads 1 --print_every 50 --eval_every 10)
     EVAL+=(--ood cifar100 "svhn=folder:$DATA/svhn-test-10000" --n_attack 300 --attack_restarts 2)
     EVAL+=(--eps_linf 2 --eps_l2)
 fi
