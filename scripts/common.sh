@@ -7,6 +7,8 @@
 #   RUNS   run folders (default runs/$SCALE).
 #   OUT    records (default results). The default is results/digits for SCALE=digits. For SCALE=tiny
 #          it is a folder inside RUNS, so that a smoke run does not touch the real records.
+#   PLAN   if set, nothing is computed: the training commands that are left are printed, one a line
+#          with tabs between words, for train_all.py.
 # Command-line flags go to train_jempp.py. Finished runs and evaluations are skipped. Stopped ones
 # continue. Rollbacks and runs that diverge for good are recorded as such. If something cannot be
 # trained or measured, a line says so, the rest continues, and the final exit code is not 0.
@@ -39,7 +41,11 @@ case $SCALE in
     *) echo "SCALE is paper, small, digits or tiny, not $SCALE" >&2; exit 2 ;;
 esac
 if [ "$SCALE" = tiny ]; then OUT=${OUT:-$RUNS/results}; else OUT=${OUT:-results}; fi
-mkdir -p "$RUNS" "$OUT/figures"
+if [ -n "${PLAN:-}" ]; then
+    python() { if [ "$1" = train_jempp.py ]; then (IFS=$'\t'; printf '%s\n' "$*"); fi; }
+else
+    mkdir -p "$RUNS" "$OUT/figures"
+fi
 
 # The flags of the paper's baselines. JEM++ is the defaults. By default a run rolls back when it
 # diverges. Rows where the paper shows that the method diverges stop instead.
@@ -67,10 +73,11 @@ train() {
     shift
     if ended "$run" diverged; then return 3; fi
     if ! ended "$run" finished; then
-        echo "== $run"
+        [ -n "${PLAN:-}" ] || echo "== $run"
         python train_jempp.py --data_root "$DATA" --run_dir "$RUNS/$run" --seed "$SEED" \
             "$@" "${SIZE[@]}" ${WORDS[@]+"${WORDS[@]}"} || return $?
-        ended "$run" finished || exit 75  # stopped by --max_steps: run again to continue
+        # stopped by --max_steps: run again to continue
+        [ -n "${PLAN:-}" ] || ended "$run" finished || exit 75
     fi
 }
 
@@ -81,7 +88,7 @@ measure() {
     local table=$1 method=$2 run=$3-seed$SEED
     shift 3
     local done="$RUNS/$run/$table.measured" file="$RUNS/$run/eval/$table.jsonl"
-    [ -e "$done" ] && return
+    if [ -e "$done" ] || [ -n "${PLAN:-}" ]; then return; fi
     mkdir -p "$RUNS/$run/eval"
     rm -f "$file"
     python scripts/record_run.py "$RUNS/$run" --method "$method" --results "$file" || return $?

@@ -11,7 +11,7 @@ train evolution --n_steps 10 --keep_every "$KEEP" || code=$?
 if [ $code = 3 ]; then echo "diverged: what was kept is shown"
 elif [ $code != 0 ]; then left_out $code "Fig. 6"; exit; fi
 FILE="$RUNS/evolution-seed$SEED/fig6.jsonl"
-if [ ! -e "$FILE.measured" ]; then
+if [ -z "${PLAN:-}" ] && [ ! -e "$FILE.measured" ]; then
     rm -f "$FILE"
     python eval_jempp.py --load_path "$RUNS/evolution-seed$SEED"/epoch_*.pt --eval accuracy "${FID[@]}" \
         --splits test --method "JEM++ (M=10)" --data_root "$DATA" --results "$FILE" \

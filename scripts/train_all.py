@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""Train the runs that table and figure scripts would train, several at a time.
+
+    PLAN=1 bash scripts/table2.sh | python scripts/train_all.py --jobs 2
+
+Reads the plan from standard input. Before each run a line tells its cost in operations, and about
+how long it takes at the rate of the runs in the same folder so far. A run's own output goes to
+RUN.log. The same command again goes on. Exit codes: 0 all ended, 2 some could not be trained, 75
+stopped early.
+"""
+
+import functools
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from utils import start  # noqa: E402
+
+if __name__ == "__main__":
+    start.begin()  # before the imports, which take seconds
+
+from scripts.operations import run_pflop  # noqa: E402
+from utils import cli, flags, program  # noqa: E402
+from utils.data import load_splits, spec_of  # noqa: E402
+from utils.files import records  # noqa: E402
+
+MARK = "train_jempp.py\t"  # begins a line of the plan
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+class Stop:
+    """Whether the work has to end: a signal came, or the time is over."""
+
+    def __init__(self, minutes):
+        self.end = time.monotonic() + 60 * minutes
+        self.signal = False
+        for number in STOPPING:
+            signal.signal(number, self.received)
+
+    def received(self, number, frame):
+        self.signal = True
+
+    def minutes(self):
+        return max(0.0, (self.end - time.monotonic()) / 60)
+
+
+def planned(lines):
+    """{run folder: words of train_jempp.py} in the plan's order, each folder once."""
+    runs = {}
+    for line in lines:
+        if line.startswith(MARK):
+            words = line.rstrip("\n").split("\t")[1:]
+            runs.setdefault(words[words.index("--run_dir") + 1], words)
+    return runs
+
+
+def config_of(args):
+    """The network of training arguments."""
+    return {"network": args.network, "n_classes": spec_of(args.dataset).n_classes,
+            **cli.network_config(args)}
+
+
+@functools.cache
+def n_train(dataset, data_root, n_valid, n_train, size):
+    """The number of training images."""
+    return len(load_splits(dataset, data_root, n_valid=n_valid, n_train=n_train, download=False,
+                           size=size)[0].y)
+
+
+def cost(words, taken):
+    """10^15 operations of what is left of a run after ``taken`` steps."""
+    args = cli.train_args(words)
+    n = n_train(args.dataset, args.data_root, args.n_valid, args.n_train, args.image_size)
+    steps = args.n_epochs * (n // args.labelled_batch)
+    done, whole = (run_pflop(vars(args), config_of(args), n, k) for k in (min(taken, steps), steps))
+    return whole - done
+
+
+def so_far(run):
+    """(10^15 operations, seconds) of the steps of a run folder, and how many there are."""
+    path = Path(run) / "train.jsonl"
+    header, *lines = records.read_jsonl(path) if path.exists() else [{}]
+    taken, seconds = 0, 0.0
+    for r in lines:
+        if r["kind"] == "step" and r.get("images_per_s") and r["step"] > taken:
+            seconds += (r["step"] - taken) * header["args"]["labelled_batch"] / r["images_per_s"]
+            taken = r["step"]
+    if not taken:
+        return 0.0, 0.0, 0
+    args = SimpleNamespace(**header["args"])
+    return run_pflop(vars(args), config_of(args), header["n_train"], taken), seconds, taken
+
+
+def about(run, words):
+    """The line before a run: its cost, and its time at the rate of all runs beside it."""
+    try:
+        left = cost(words, so_far(run)[2])
+    except program.InputError:  # training will tell
+        return run
+    done = [so_far(path.parent) for path in Path(run).parent.glob("*/train.jsonl")]
+    seconds = sum(s for _, s, _ in done)
+    line = f"{run}: {left:.2g}·10¹⁵ operations"
+    if not seconds:
+        return f"{line} (how long they take here is known after the first run)"
+    minutes = left * seconds / sum(pflop for pflop, _, _ in done) / 60
+    return f"{line}, about {minutes:,.0f} minutes"
+
+
+def begin(run, words, stop, threads):
+    """Start a run. Returns its process, whose output goes to RUN.log."""
+    if not math.isinf(stop.end):
+        words = [*words, "--max_minutes", f"{stop.minutes():.2f}"]
+    Path(run).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{run}.log", "a") as log:
+        return subprocess.Popen([sys.executable, str(ROOT / "train_jempp.py"), *words], stdout=log,
+                                stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT,
+                                env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+
+
+def train_all(runs, jobs, stop):
+    """Train all ``runs``, ``jobs`` at a time. Returns the exit codes by run."""
+    waiting, running, codes = list(runs), {}, {}
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    told = False
+    while running or (waiting and not stop.signal and stop.minutes() > 0):
+        while waiting and len(running) < jobs and not stop.signal and stop.minutes() > 0:
+            run = waiting.pop(0)
+            program.say(about(run, runs[run]))
+            running[run] = begin(run, runs[run], stop, threads)
+        if stop.signal and not told:
+            told = True
+            for process in running.values():
+                process.terminate()  # it saves its state
+        for run, process in list(running.items()):
+            if process.poll() is not None:
+                codes[run] = running.pop(run).returncode
+                program.say(f"{run}: {ENDED.get(codes[run], 'failed')} (code {codes[run]}, "
+                            f"{run}.log)")
+        time.sleep(0.2)
+    return codes | dict.fromkeys(waiting, program.EXIT_STOPPED)
+
+
+ENDED = {program.EXIT_OK: "finished", program.EXIT_DIVERGED: "diverged",
+         program.EXIT_STOPPED: "stopped early"}
+
+
+def main(argv=None):
+    p = program.parser(__doc__.splitlines()[0])
+    p.add_argument("--jobs", type=flags.POSITIVE, default=1,
+                   help="runs at a time, each with its share of the CPU's cores")
+    p.add_argument("--max_minutes", type=flags.STEP, default=math.inf,
+                   help="save and stop after this many minutes (exit code 75)")
+    args = p.parse_args(argv)
+    runs = planned(sys.stdin)
+    codes = train_all(runs, args.jobs, Stop(args.max_minutes)).values()
+    if program.EXIT_STOPPED in codes or -signal.SIGTERM in codes:
+        return program.EXIT_STOPPED
+    return program.EXIT_INPUT if set(codes) - {program.EXIT_OK, program.EXIT_DIVERGED} else 0
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,94 @@
+"""Several runs at a time: what the scripts plan, and how train_all.py takes it."""
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from helpers import ROOT, tiny
+from test_records_of_runs import script  # noqa: F401  (a fixture)
+
+import train_jempp
+from scripts import train_all
+from utils.files.records import read_jsonl, write_jsonl
+
+
+@pytest.mark.parametrize("name", ("table2", "table5", "fig5", "fig6", "fig9"))
+def test_a_plan_is_what_the_script_would_train_and_leaves_nothing(script, tmp_path, name):  # noqa: F811
+    where = {"SCALE": "tiny", "RUNS": str(tmp_path / "planned"), "OUT": str(tmp_path / "none")}
+    done = subprocess.run(["bash", f"scripts/{name}.sh"], cwd=ROOT, text=True,
+                          capture_output=True, env=os.environ | where | {"PLAN": "1"})
+    planned = train_all.planned(done.stdout.splitlines())
+    assert done.returncode == 0 and not done.stderr
+    assert not (tmp_path / "planned").exists() and not (tmp_path / "none").exists()
+    trained = {words[words.index("--run_dir") + 1]: words
+               for program, *words in script(name, **where)[2] if program == "train_jempp.py"}
+    assert planned == trained and len(planned) >= 2
+
+
+@pytest.fixture
+def runs(monkeypatch, tmp_path, call):
+    """Call train_all.py with {name: exit code or seconds to sleep}; (code, lines)."""
+    def run(endings, *flags):
+        monkeypatch.setattr(train_all, "begin", lambda run, words, stop, threads: subprocess.Popen(
+            [sys.executable, "-c", words[0]]))
+        monkeypatch.setattr(train_all, "about", lambda run, words: f"{run}: begins")
+        plan = "".join(f"train_jempp.py\t{code}\t--run_dir\t{name}\n"
+                       for name, code in endings.items())
+        monkeypatch.setattr(sys, "stdin", io.StringIO("== a row\n" + 2 * plan))
+        code, out, err = call(train_all.main, flags)
+        assert not err
+        return code, out.splitlines()
+
+    return run
+
+
+FINE, LOST, BAD, LONG = "pass", "exit(3)", "exit(2)", "import time; time.sleep(60)"
+
+
+@pytest.mark.parametrize(("endings", "code"), (
+    ((FINE, FINE), 0), ((FINE, LOST), 0), ((BAD, FINE), 2), ((), 0)))
+def test_each_run_is_trained_once_and_the_worst_ending_is_the_code(runs, endings, code):
+    found, lines = runs(dict(zip("ab", endings, strict=False)), "--jobs", "2")
+    assert found == code and len(lines) == 2 * len(endings)
+    assert [line for line in lines if "begins" in line] == [
+        f"{name}: begins" for name in "ab"[:len(endings)]]
+
+
+def test_a_signal_stops_all_runs_and_the_rest_wait(runs):
+    def interrupt():
+        time.sleep(1.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    began = time.monotonic()
+    code, lines = runs({"a": LONG, "b": LONG, "c": FINE}, "--jobs", "2")
+    assert code == 75 and time.monotonic() - began < 20
+    assert [line for line in lines if line[0] == "c"] == []
+
+
+def test_no_run_begins_when_the_time_is_over(runs):
+    assert runs({"a": FINE}, "--max_minutes", "1e-9") == (75, [])
+
+
+def test_a_line_tells_how_long_a_run_takes_from_those_beside_it(tmp_path, call):
+    words = tiny(tmp_path / "a", "--n_epochs", "4")
+    assert "known after the first run" in train_all.about(str(tmp_path / "a"), words)
+    assert call(train_jempp.main, words)[0] == 0
+    log = read_jsonl(tmp_path / "a" / "train.jsonl")
+    for r in log:
+        if r["kind"] == "step":
+            r["images_per_s"] = log[0]["args"]["labelled_batch"] / 600  # ten minutes a step
+    write_jsonl(tmp_path / "a" / "train.jsonl", log)
+    steps = log[-1]["step"]
+    again = train_all.about(str(tmp_path / "b"), tiny(tmp_path / "b", "--n_epochs", "4"))
+    assert f"about {10 * steps} minutes" in again
+    assert "about 0 minutes" in train_all.about(str(tmp_path / "a"), words)
+    softmax = train_all.about(str(tmp_path / "b"), [*words, "--p_x_weight", "0"])
+    assert int(re.search(r"about (\d+)", softmax)[1]) == pytest.approx(10 * steps * 3 / 13, abs=1)
+    assert train_all.about("c", [*words, "--dataset", "svhn"]) == "c"  # not there
