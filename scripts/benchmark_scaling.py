@@ -66,6 +66,7 @@ def main(argv=None):
         return program.EXIT_OK
     if any(parts % n for n in own.processes):
         raise program.InputError(f"each of --processes {own.processes} has to divide {parts}")
+    records.check_writable(own.results)  # now, not after all turns
     rows = {f"{n} x 1": (n, 1) for n in own.processes}
     if device.type == "cpu" and parts > 1:
         rows[f"1 x {parts}"] = (1, parts)

@@ -30,7 +30,7 @@ from utils.training.build import build  # noqa: E402
 ALL = "all"
 ROWS = {  # name: additional flags
     ALL: [],
-    "without --compile": ["--compile", "off"],
+    "with the other compilation": [],  # off in place of --compile default, or the reverse
     "without --channels_last": ["--no-channels_last"],
     "without --compile and the collapsed inner loop": ["--compile", "off", "--literal_pyld"],
     "without activations in place": [],
@@ -42,6 +42,9 @@ ROWS = {  # name: additional flags
 def prepare(row, words, device):
     """(args, state, data, p0) of a row."""
     args = cli.train_args([*words, *ROWS[row]])
+    if "compilation" in row:
+        other = "off" if args.compile != "off" else "default"
+        args = cli.train_args([*words, "--compile", other])
     if "precision" in row:
         args.amp = {"off": "bf16", "bf16": "off"}[args.amp]
     state, data, p0 = build(args, device)[:3]
@@ -59,6 +62,7 @@ def main(argv=None):
     p.add_argument("--repeats", type=flags.POSITIVE, default=5, help="turns of every row")
     own, rest = p.parse_known_args(argv)
     program.refuse_torchrun("times one process; benchmark_scaling.py times several")
+    records.check_writable(own.results)  # now, not after all turns
     words, started = ["--fast", *rest], records.now()
     args = cli.train_args(words)
     device = machine.pick_device(args.device, args.num_threads)

@@ -36,6 +36,7 @@ def main(argv=None):
     p.add_argument("--repeats", type=flags.POSITIVE, default=5, help="turns of every row")
     own, rest = p.parse_known_args(argv)
     program.refuse_torchrun("times one process; benchmark_scaling.py times several")
+    records.check_writable(own.results)  # now, not after all turns
     settings = {row: cli.train_args([*rest, *flags]) for row, flags in ROWS.items()}
     args, started = settings["JEM"], records.now()
     device = machine.pick_device(args.device, args.num_threads)

@@ -12,7 +12,14 @@ from helpers import ROOT, TINY
 
 import train_jempp
 from samplers import make_sampler
-from scripts import benchmark, benchmark_switches, benchmark_table4, literal, operations
+from scripts import (
+    benchmark,
+    benchmark_scaling,
+    benchmark_switches,
+    benchmark_table4,
+    literal,
+    operations,
+)
 from utils import cli
 from utils.files.records import read_jsonl
 from utils.machine import pick_device
@@ -179,6 +186,19 @@ def test_each_row_of_the_switches_lacks_what_it_says(call, tmp_path):
     assert found["with the other precision"]["amp"] == "bf16"
     side = benchmark_switches.prepare("without activations in place", TINY, torch.device("cpu"))
     assert not any(getattr(module, "inplace", False) for module in side[1].model.modules())
+
+
+@pytest.mark.parametrize("script", (benchmark_table4, benchmark_switches, benchmark_scaling))
+def test_a_place_that_cannot_be_written_is_named_before_the_timing(call, tmp_path, script):
+    code, out, err = call(script.main, [*TINY, "--results", tmp_path])
+    assert code == 2 and "--results" in err and not out
+
+
+def test_the_other_compilation_is_the_other_one():
+    for typed, other in (("off", "default"), ("default", "off")):
+        args = benchmark_switches.prepare("with the other compilation",
+                                          [*TINY, "--compile", typed], torch.device("cpu"))[0]
+        assert args.compile == other
 
 
 @pytest.mark.slow

@@ -316,6 +316,19 @@ def test_a_damaged_last_pt_is_set_aside_and_the_run_goes_on(run, tmp_path, call)
         checkpoint.load(path)
 
 
+@pytest.mark.parametrize("optimizer", ("sgd", "adam"))
+@pytest.mark.parametrize("what", ("an entry", "a weight"))
+def test_an_optimiser_that_is_not_whole_is_refused_before_a_step(tmp_path, call, optimizer, what):
+    words = tiny(tmp_path, "--optimizer", optimizer, "--p_x_weight", "0")
+    assert call(train_jempp.main, [*words, "--max_steps", "1"])[0] == 0
+    content = checkpoint.load(tmp_path / "last.pt")
+    states = content["optimizer"]["state"]
+    (states[0] if what == "an entry" else states).popitem()
+    content["sha256"] = checkpoint.digest(content)
+    torch.save(content, tmp_path / "last.pt")
+    refused(call(train_jempp.main, words), "last.pt", "not whole")
+
+
 def test_where_all_is_damaged_nothing_is_touched(run, tmp_path, call):
     folder = copied(run, tmp_path / "run")
     for name in ("last", "candidate", "good"):

@@ -106,7 +106,7 @@ class State:
             raise InputError(f"{path} cannot be resumed: it holds no optimiser state (use last.pt)")
         try:
             self.model.load_state_dict(content["model"])
-            load_optimizer(self.optimizer, content["optimizer"])
+            load_optimizer(self.optimizer, content["optimizer"], content["step"])
             if self.average is not None:
                 self.average.load_state_dict(content["average"])
             if self.buffer is not None:
@@ -135,12 +135,22 @@ def ages_of(content, path):
     return own_share(content["ages"])
 
 
-def load_optimizer(optimizer, saved):
-    """Load the optimiser's tensors, such as momenta. Its settings stay those of this run."""
+KEPT = {"SGD": {"momentum_buffer"}, "Adam": {"step", "exp_avg", "exp_avg_sq"}}  # for each weight
+
+
+def load_optimizer(optimizer, saved, step):
+    """Load the optimiser's tensors, such as momenta, of a run that has taken ``step`` steps.
+
+    Its settings stay those of this run.
+    """
     own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group |= settings
+    weights = {p for group in optimizer.param_groups for p in group["params"]}
+    if step and (weights != set(optimizer.state) or any(
+            kept.keys() != KEPT[type(optimizer).__name__] for kept in optimizer.state.values())):
+        raise ValueError("an optimiser's state that is not whole")
     for p, kept in optimizer.state.items():
         for name, value in kept.items():
             if not isinstance(value, torch.Tensor) or value.shape not in (p.shape, ()):
