@@ -106,7 +106,7 @@ def test_every_table_and_figure_is_made_at_tiny_scale_by_one_command(tmp_path):
                               capture_output=True)
         assert done.returncode == 0, f"{done.stdout[-1500:]}{done.stderr[-1500:]}"
         trained = re.findall(r"^(\S+): finished \(code 0", done.stdout, re.M)
-        assert len(trained) == len(set(trained)) == (0 if again else 16)
+        assert len(trained) == len(set(trained)) == (0 if again else 18)
         lines = {p.name: len(p.read_text().splitlines()) for p in out.glob("*.jsonl")
                  if p.name != "table4.jsonl"}  # is timed anew
         assert lines == before or not again

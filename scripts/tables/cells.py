@@ -213,10 +213,11 @@ def training_words(s, used, whole):
     steps = listed([t["step"] for t in ended])
     missing = [all_steps(t) for t in ended if t["step"] < all_steps(t)]
     of_all = f" of {listed(missing)}" if missing and whole else ""
-    seeds = listed([r["training"]["seed"] for r in used])
+    epochs, batches, seeds = (listed([r["training"][name] for r in used])
+                              for name in ("n_epochs", "batch_size", "seed"))
     return [s.get("network", f"WRN-{s['depth']}-{s['width']}"),
-            f"{s['n_epochs']} epoch{'s' * (s['n_epochs'] > 1)} of {images} images"
-            + f" ({steps}{of_all} steps)" * bool(steps), f"batch {s['batch_size']}",
+            f"{epochs} epoch{'s' * (epochs != '1')} of {images} images"
+            + f" ({steps}{of_all} steps)" * bool(steps), f"batch {batches}",
             f"seed{'s' * ('–' in seeds or ',' in seeds)} {seeds}"]
 
 
