@@ -69,6 +69,12 @@ def test_a_grid_shares_its_rounds_with_jem(call, tmp_path):
     assert code == 0 and len(shown.splitlines()) == 2 * len(results), err
 
 
+def test_the_committed_records_can_be_shown(call):
+    file = ROOT / "results" / "benchmark.jsonl"
+    code, out, err = call(benchmark.main, ["--show", file])
+    assert code == 0 and len(out.splitlines()) >= len(read_jsonl(file)), err
+
+
 @pytest.mark.parametrize(("flags", "word"), (
     (["--sam", "0.1", "--only", "ours"], "--sam"), (["--sgld_std", "0.1"], "--sgld_std"),
     (["--networks", "28x10"], "28-10"), (["--networks", "27-10"], "6n + 4")))
