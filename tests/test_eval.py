@@ -42,7 +42,7 @@ def numbers(path, metric, **protocol):
 
 def raw_scores(folder, label, name):
     """The one file of raw scores of this label and evaluation."""
-    (path,) = folder.glob(f"{label}-????????_{name}.npz")
+    (path,) = folder.glob(f"{label}-????????*_{name}.npz")
     return np.load(path)
 
 

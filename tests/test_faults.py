@@ -539,7 +539,7 @@ def test_a_crash_between_the_two_renames_resumes_from_the_candidate(tmp_path):
 def test_the_default_bound_on_the_gap_is_far_from_every_healthy_run_on_record():
     default = cli.train_args([]).max_gap
     gaps = [r["value"] for path in (ROOT / "results").rglob("*.jsonl") for r in read_jsonl(path)
-            if r.get("metric") == "energy_gap"]
+            if r.get("metric") == "energy_gap" and r["method"] != "joint stage: B 10,000"]  # lost
     assert len(gaps) > 50 and max(map(abs, gaps)) < default / 5
 
 

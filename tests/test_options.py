@@ -472,7 +472,7 @@ def test_flags_reach_what_they_name(typed):
     (["--nesterov", "--optimizer", "adam"], "--optimizer sgd"),
     (["--labelled_batch", "49"], "larger than"),
     (["--accumulate", "4"], "larger than"),  # 64 of 48 images
-    (["--sync_bn"], "GPU"), (["--sync_bn", "--fast"], "--compile off"),
+    (["--sync_bn"], "GPU"), (["--sync_bn", "--compile", "default"], "--compile off"),
     (["--literal_pyld", "--amp", "bf16"], "--literal_pyld"),
     (["--sam", "-0.1"], "--sam"), (["--ema", "1"], "--ema"),
     (["--step_decay", "nan"], "--step_decay"), (["--label_smoothing", "1.5"], "--label_smoothing"),

@@ -12,7 +12,7 @@ from helpers import ROOT
 
 import eval_jempp
 from models import network_name
-from scripts import figures, record_run
+from scripts import figures, record_run, train_all
 from scripts.tables.protocol import JEM, papers_training
 from utils import cli, plots
 from utils.evaluation.evaluations import EVALUATIONS
@@ -172,6 +172,19 @@ def test_each_probe_changes_one_thing(script):
     starts = [words[words.index("--load_path") + 1] for program, *words in commands
               if program == "train_jempp.py" and "--load_path" in words]
     assert len(starts) == 8 + 5 and all("probe-softmax-seed1/last.pt" in name for name in starts)
+
+
+@pytest.mark.parametrize("name", ("table2", "table5", "fig5", "fig6", "fig9"))
+def test_a_plan_is_what_the_script_would_train_and_leaves_nothing(script, tmp_path, name):
+    where = {"SCALE": "tiny", "RUNS": str(tmp_path / "planned"), "OUT": str(tmp_path / "none")}
+    done = subprocess.run(["bash", f"scripts/{name}.sh"], cwd=ROOT, text=True,
+                          capture_output=True, env=os.environ | where | {"PLAN": "1"})
+    planned = train_all.planned(done.stdout.splitlines())
+    assert done.returncode == 0 and not done.stderr
+    assert not (tmp_path / "planned").exists() and not (tmp_path / "none").exists()
+    trained = {words[words.index("--run_dir") + 1]: words
+               for program, *words in script(name, **where)[2] if program == "train_jempp.py"}
+    assert planned == trained and len(planned) >= 2
 
 
 def test_every_file_of_records_has_its_command():
