@@ -36,8 +36,6 @@ from utils.data import load, spec_of  # noqa: E402
 from utils.files import records  # noqa: E402
 from utils.seeding import seed_step  # noqa: E402
 
-WRN_28_10 = {"depth": 28, "width": 10}  # the paper's
-
 
 def p0(args):
     """Class centres (left) and nine draws from each class Gaussian, for up to 20 classes."""
@@ -185,8 +183,8 @@ def papers_costs():
         if number["table"] == "table2" and number["column"] == "accuracy" and row in ROWS and (
                 row.startswith("JEM++") or row == "WRN w/ BN"):
             args = papers_training(row, "cifar10")
-            args |= {"p_x_weight": args.get("p_x_weight", 1)}
-            yield row, run_pflop(args, WRN_28_10, 45000, 703 * args["n_epochs"]), number["value"]
+            config = {"depth": args["depth"], "width": args["width"]}
+            yield row, run_pflop(args, config, 45000, 703 * args["n_epochs"]), number["value"]
 
 
 def our_costs():

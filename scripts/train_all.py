@@ -95,7 +95,7 @@ def so_far(run):
             taken = r["step"]
     if not taken:
         return 0.0, 0.0, 0
-    args = SimpleNamespace(**header["args"])
+    args = SimpleNamespace(**vars(cli.train_args([])) | header["args"])  # an older run knows fewer
     return run_pflop(vars(args), config_of(args), header["n_train"], taken), seconds, taken
 
 
@@ -103,9 +103,9 @@ def about(run, words):
     """The line before a run: its cost, and its time at the rate of all runs beside it."""
     try:
         left = cost(words, so_far(run)[2])
+        done = [so_far(path.parent) for path in Path(run).parent.glob("*/train.jsonl")]
     except program.InputError:  # training will tell
         return run
-    done = [so_far(path.parent) for path in Path(run).parent.glob("*/train.jsonl")]
     seconds = sum(s for _, s, _ in done)
     line = f"{run}: {left:.2g}·10¹⁵ operations"
     if not seconds:

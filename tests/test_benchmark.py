@@ -17,6 +17,7 @@ from scripts import (
     benchmark_scaling,
     benchmark_switches,
     benchmark_table4,
+    figures,
     literal,
     operations,
 )
@@ -110,6 +111,15 @@ def test_two_stages_cost_what_their_steps_do():
     paper = operations.run_pflop(vars(cli.train_args([])), {"depth": 28, "width": 10}, 45000,
                                  150 * 703)
     assert paper == pytest.approx(2300, rel=0.02)
+
+
+def test_the_figure_of_costs_has_the_papers_rows(call, tmp_path):
+    costs = {row: pflop for row, pflop, _ in figures.papers_costs()}
+    relative = {row: pflop / costs["JEM++ (M=10)"] for row, pflop in costs.items()}
+    assert relative == pytest.approx({"JEM++ (M=5)": 19 / 29, "JEM++ (M=10)": 1,
+                                      "JEM++ (M=20)": 49 / 29, "WRN w/ BN": 3 / 29})
+    code, _, err = call(figures.main, ["cost", "--out", tmp_path / "cost.png"])
+    assert code == 0 and (tmp_path / "cost.png").stat().st_size > 5000, err
 
 
 def test_the_papers_network_has_the_operations_that_are_known():

@@ -308,11 +308,11 @@ def test_checkpoints_and_out_sets_of_one_name_are_told_apart(run, tmp_path, call
     assert call(eval_jempp.main, ["--load_path", last, last, "--eval", "calibration", "--results",
                                   out, *QUICK])[0] == 0
     assert len(list(tmp_path.glob("*_calibration.npz"))) == 2
-    for words in (["--seed", "3"], ["--sigma", "0.03"], []):
+    for words in (["--seed", "30000001"], ["--seed", "30000002"], ["--sigma", "0.03"], []):
         assert call(eval_jempp.main, ["--load_path", last, "--eval", "calibration", "--results",
                                       out, *QUICK, *words])[0] == 0
     names = [path.name for path in tmp_path.glob("*_calibration.npz")]
-    assert len(names) == 4 and sum("-seed3" in n or "-sigma0.03" in n for n in names) == 2
+    assert len(names) == 5 and sum("-seed3" in n or "-sigma0.03" in n for n in names) == 3
     for name in ("f/same", "g/same"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (9, 9)).save(tmp_path / name / "a.png")

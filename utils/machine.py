@@ -33,7 +33,7 @@ def pick_device(name, num_threads):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # by kind of device
         reason = str(error).splitlines()[0]
         fault = InputError(f"--device {name} cannot be used here: {reason}")
         fault.of_one_process = True  # only ranks without a GPU see this

@@ -203,7 +203,7 @@ def select_per_class(probability, predicted, fraction):
         raise ValueError(f"fraction lies in (0, 1], got {fraction}")
     if not np.isfinite(probability).all():
         raise InputError("p(y|x) holds NaN or infinity: nothing can be ranked by it")
-    taken = np.zeros(len(predicted), dtype=bool)
+    taken = np.zeros(len(predicted), dtype=bool)  # a mask, so that the order of images stays
     for y in np.unique(predicted):
         members = np.flatnonzero(predicted == y)
         ranked = members[np.argsort(-probability[members], kind="stable")]
@@ -245,6 +245,7 @@ def saved_statistics(path):
             raise ValueError("their shapes do not fit together")
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise ValueError("they are not finite")
+    # NotImplementedError: a zip compressed in a way that Python does not know
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, NotImplementedError,
             zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"--reference {path} is no statistics file of pytorch-fid, which holds mu "
