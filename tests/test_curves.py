@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from helpers import tiny
 from PIL import Image
+from torchvision.utils import make_grid
 
 import train_jempp
 from scripts import figures
@@ -28,6 +30,12 @@ def panels():
 
     yield drawn
     plots.plt.close("all")
+
+
+@pytest.mark.parametrize("n, columns", [(7, 3), (3, 10), (10, 10), (2, 1)])
+def test_a_grid_is_that_of_torchvision(n, columns):
+    x = torch.randint(0, 256, (n, 3, 5, 8), generator=torch.Generator().manual_seed(n)).byte()
+    assert torch.equal(plots.tiled(x, columns), make_grid(x, columns, padding=2, pad_value=255))
 
 
 def lines_of(axis):

@@ -264,6 +264,10 @@ def save_images(folder, images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:02}.png")
 
 
+def test_the_weights_are_fetched_from_where_pytorch_fid_has_them():
+    assert generation.WEIGHTS_URL == pytorch_fid.inception.FID_WEIGHTS_URL
+
+
 def test_features_equal_pytorch_fids(network, torch_home, tmp_path, monkeypatch):
     """Images from memory against pytorch-fid reading files with its network and our weights."""
     monkeypatch.setenv("TORCH_HOME", str(torch_home))

@@ -1,6 +1,8 @@
 """The shape of the code: no import runs upward, no function is longer than a screen."""
 
 import ast
+import subprocess
+import sys
 
 import pytest
 from helpers import ROOT
@@ -48,6 +50,12 @@ def upward(path, source):
 @pytest.mark.parametrize("path", PRODUCT)
 def test_no_import_runs_upward(path):
     assert upward(path, (ROOT / path).read_text(encoding="utf-8")) == []
+
+
+def test_the_programs_start_without_torchvision():
+    """Its import doubles the time until a program says anything."""
+    program = "import sys, train_jempp, eval_jempp; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("path, source, found", [

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.functional as TF
 
 from samplers import to_pixels
 from utils import distributed, own_images
@@ -171,6 +170,8 @@ def load(name, root, *, train, download=False, size=None):
                           "drop --no-download")
     images = from_torchvision(name, train, root, download)
     if images.x.shape[-1] != size:
+        import torchvision.transforms.functional as TF  # here: it takes seconds
+
         images = images._replace(x=TF.resize(images.x, [size, size], antialias=True))
     return images
 

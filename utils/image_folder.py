@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -244,5 +243,7 @@ def square(image, size, side=None):
     The square's side is ``side``, or the image's shorter side if that is smaller or ``side`` is
     None. Pillow's bilinear filter antialiases.
     """
+    import torchvision.transforms.functional as TF  # here: it takes seconds
+
     image = TF.center_crop(image, min(side or math.inf, *image.size))
     return TF.pil_to_tensor(TF.resize(image, [size, size]))

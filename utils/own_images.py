@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision.transforms.functional as TF
 
 from utils import distributed, image_folder
 from utils.files.records import replacing
@@ -269,6 +268,8 @@ def squares(x, size):
 
     ``x`` has one of the layouts that ``check_headers`` accepts.
     """
+    import torchvision.transforms.functional as TF  # here: it takes seconds
+
     x = torch.from_numpy(np.ascontiguousarray(x))
     x = x[:, None] if x.dim() == 3 else x if x.shape[1] in (1, 3) else x.permute(0, 3, 1, 2)
     x, rgb = TF.center_crop(x, min(x.shape[-2:])), image_folder.empty(len(x), size)

@@ -17,9 +17,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
-import pytorch_fid.inception
 import torch
-from pytorch_fid.fid_score import calculate_frechet_distance
 from scipy.special import rel_entr
 from torch import nn
 
@@ -32,7 +30,9 @@ from utils.files.regular import regular
 from utils.files.torch_files import one_line
 from utils.program import InputError, Unavailable
 
-WEIGHTS_URL = pytorch_fid.inception.FID_WEIGHTS_URL
+# pytorch-fid's FID_WEIGHTS_URL. pytorch-fid is imported where it is used: that takes seconds.
+WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+               "pt_inception-2015-12-05-6726825d.pth")
 # The published weights. With any other file the numbers are not FID, KID and IS.
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0,
@@ -48,6 +48,8 @@ def inception(weights=None, download=True):
     the one that pytorch-fid downloads. Unavailable if there is none, InputError if the file holds
     something else.
     """
+    import pytorch_fid.inception
+
     with distributed.first_goes_ahead():
         path = find_weights(weights, download and distributed.rank() == 0)
     try:
@@ -136,6 +138,8 @@ def frechet_distance(stats_a, stats_b):
     Each argument starts with a mean [d] and a covariance [d, d]. Unavailable if their shapes differ
     or if pytorch-fid finds no real square root because they are nearly singular.
     """
+    from pytorch_fid.fid_score import calculate_frechet_distance
+
     try:
         with contextlib.redirect_stdout(sys.stderr):  # pytorch-fid prints remarks
             return float(calculate_frechet_distance(*stats_a[:2], *stats_b[:2]))

@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision.transforms.functional as TF
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 from models import energy, frozen
 from utils import data, distributed, image_folder, own_images
@@ -30,11 +28,15 @@ CELEBA_CROP = 140  # pixels of the aligned 178 x 218 images, which removes most 
 
 def auroc(score_in, score_out):
     """Area under the ROC curve, in [0, 1]: P(in > out) + P(in = out) / 2 for scores [N], [M]."""
+    from sklearn.metrics import roc_auc_score  # here: it takes seconds
+
     return float(roc_auc_score(*labelled(score_in, score_out)))
 
 
 def aupr(score_in, score_out):
     """Average precision, in [0, 1], with in-distribution positive. Chance is N / (N + M)."""
+    from sklearn.metrics import average_precision_score  # here: it takes seconds
+
     return float(average_precision_score(*labelled(score_in, score_out)))
 
 
@@ -182,6 +184,8 @@ def out_set(text, size, *, in_x, root, seed, download=False, n=None):
         raise InputError(f"unknown out-of-distribution set {text!r}: choose from "
                          f"{', '.join(NAMES)}")
     if x.shape[-2:] != (size, size):
+        import torchvision.transforms.functional as TF  # here: it takes seconds
+
         x = TF.resize(x, [size, size], antialias=True)  # bilinear by default, as below
     return OutSet(x, about)
 
