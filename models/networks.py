@@ -9,9 +9,9 @@ A network is a module with three attributes:
 
 f(x) = trunk(stem(x)). PYLD's short cut needs an affine stem (one convolution or linear layer). For
 another stem, train with --literal_pyld. The class gives each argument a default. Flags of the same
-name (--depth, --width, --norm, --bn_momentum, --stride_first) set it. A ValueError for impossible
-arguments becomes a one-line message. A class may also have ``title(words)``, its display name as a
-function of its arguments.
+name (--depth, --width, --norm, --bn_momentum, --stride_first, --stem_stride) set it. A ValueError
+for impossible arguments becomes a one-line message. A class may also have ``title(words)``, its
+display name as a function of its arguments.
 """
 
 import inspect

@@ -89,12 +89,13 @@ def test_what_asks_for_no_short_cut_takes_any_stem(call, table, words):
 def test_a_default_network_is_what_it_was():
     args = cli.train_args([])
     assert (args.network, args.depth, args.width, args.norm, args.bn_momentum,
-            args.stride_first) == ("wrn", 28, 10, "batch", 0.9, False)
+            args.stride_first, args.stem_stride) == ("wrn", 28, 10, "batch", 0.9, False, 1)
     assert network_name(vars(args)) == "WRN-28-10" == network_name({"depth": 28, "width": 10})
     old = {"depth": 10, "width": 1, "n_classes": 10, "norm": "batch", "bn_momentum": 0.9}
     torch.manual_seed(0)
     before = JEM.build(**old)  # the configuration in a file of before there was a choice
-    assert before.config == {"network": "wrn", **old, "stride_first": False}
+    assert before.config == {"network": "wrn", **old, "stride_first": False,
+                             "stem_stride": 1}
     assert JEM.build(**before.config).config == before.config
 
 
@@ -121,6 +122,19 @@ def test_the_stride_moves_and_no_name_or_shape_changes():
     assert block.conv1.stride == block.shortcut.stride == (2, 2) and block.conv2.stride == (1, 1)
     assert models[1](torch.zeros(2, 3, 16, 16)).shape == (2, 10)
     assert network_name(models[1].config) == "WRN-16-2, stride first"
+
+
+def test_a_stem_of_stride_2_costs_a_quarter_and_reaches_each_pixel_equally():
+    words = {"depth": 16, "width": 2, "stride_first": True}
+    strided = JEM.build(**words, stem_stride=2)
+    assert products(**words, stem_stride=2) == pytest.approx(products(**words) / 4, rel=0.01)
+    x = torch.zeros(1, 3, 16, 16, requires_grad=True)
+    strided.stem.weight.data.fill_(1)
+    strided.stem(x).sum().backward()
+    assert x.grad[..., 1:-1, 1:-1].unique().numel() == 1
+    assert network_name(strided.config) == "WRN-16-2, stride first, stem stride 2"
+    with pytest.raises(ValueError, match="stem_stride is 1 or 2"):
+        JEM.build(stem_stride=3)
 
 
 def test_resnet18_is_torchvisions_for_small_images():

@@ -39,7 +39,8 @@ def test_zip_and_legacy_files_hold_the_same_network_and_buffer(tmp_path, norm):
     model, buffer = load_official(path)
     legacy, legacy_buffer = load_official(legacy_copy(path, tmp_path / "legacy.pt"))
     assert model.config == {"network": "wrn", "depth": 10, "width": 1, "n_classes": 10,
-                            "norm": norm, "bn_momentum": 0.9, "stride_first": False}
+                            "norm": norm, "bn_momentum": 0.9, "stride_first": False,
+                            "stem_stride": 1}
     assert buffer.shape == (2, 3, 32, 32) and torch.equal(buffer, legacy_buffer)
     for (name, ours), theirs in zip(model.state_dict().items(), legacy.state_dict().values(),
                                     strict=True):

@@ -137,6 +137,8 @@ def add_model(p, typed_only=False):
     flag("--stride_first", action=FLAG, default=None,
          help="put the stride in a block's first convolution, as in the original Wide-ResNet "
               "(wrn off: in its second, as released)")
+    flag("--stem_stride", type=int, choices=(1, 2), default=None,
+         help="2: a 4x4 stem of stride 2, so that all that follows costs a quarter (wrn 1)")
 
 
 def add_sampler(p, typed_only=False):
