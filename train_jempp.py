@@ -13,20 +13,18 @@ from utils import start
 if __name__ == "__main__":
     start.begin()  # before the imports, which take seconds
 
-import copy
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from models import energy, frozen, network_name, statistics_kept
 from samplers import make_sampler, sampler_name, to_pixels
 from utils import cli, distributed, machine, program
 from utils.distributed import accumulating
-from utils.evaluation.inference import accuracy
+from utils.evaluation.inference import accuracy, recalibrated
 from utils.evaluation.robustness import adversarial_batch, ball_radius
 from utils.files import checkpoint, records
 from utils.program import InputError, say
@@ -303,10 +301,8 @@ def judged(args, state, data):
     model = state.model if state.average is None else state.average.module
     distributed.same_buffers(model)
     if args.recalibrate_bn:
-        model = copy.deepcopy(model)
         batches = data.images.x[:args.recalibrate_bn].split(args.batch_size)
-        with machine.eager():
-            update_bn((in_layout(to_pixels(x), args) for x in batches), model)
+        model = recalibrated(model, (in_layout(to_pixels(x), args) for x in batches))
     return model
 
 

@@ -1,19 +1,24 @@
 #!/usr/bin/env bash
 # Fig. 6: accuracy, IS and FID of JEM++ (M = 10) over its epochs, from a checkpoint every KEEP epochs
-# (10 at SCALE=paper). IS and FID need the Inception weights, fd_features does not.
+# (10 at SCALE=paper). At scales whose runs all keep checkpoints, that is the run of table2.sh.
+# IS and FID need the Inception weights, fd_features does not.
 source "$(dirname "$0")/common.sh"
 
-if [ "$SCALE" = paper ]; then KEEP=${KEEP:-10}; else KEEP=${KEEP:-1}; fi
+case $SCALE in
+    paper) RUN=evolution KEEP=(--keep_every "${KEEP:-10}") ;;
+    tiny)  RUN=evolution KEEP=(--keep_every "${KEEP:-1}") ;;
+    *)     RUN=jempp-m10 KEEP=() ;;
+esac
 features
 SEED=${SEEDS%% *}
 code=0
-train evolution --n_steps 10 --keep_every "$KEEP" || code=$?
+train "$RUN" --n_steps 10 ${KEEP[@]+"${KEEP[@]}"} || code=$?
 if [ $code = 3 ]; then echo "diverged: what was kept is shown"
 elif [ $code != 0 ]; then left_out $code "Fig. 6"; exit; fi
-FILE="$RUNS/evolution-seed$SEED/fig6.jsonl"
+FILE="$RUNS/$RUN-seed$SEED/fig6.jsonl"
 if [ -z "${PLAN:-}" ] && [ ! -e "$FILE.measured" ]; then
     rm -f "$FILE"
-    python eval_jempp.py --load_path "$RUNS/evolution-seed$SEED"/epoch_*.pt --eval accuracy "${FID[@]}" \
+    python eval_jempp.py --load_path "$RUNS/$RUN-seed$SEED"/epoch_*.pt --eval accuracy "${FID[@]}" \
         --splits test --method "JEM++ (M=10)" --data_root "$DATA" --results "$FILE" \
         "${EVAL[@]}"
     touch "$FILE.measured"

@@ -39,6 +39,7 @@ TITLES = {
 }
 MODELS = "Models to load (results/models)"
 DIGITS = "The rows of Tables 2 and 5 on digits, three seeds"
+STATISTICS = "Batch norm's running statistics, as a run leaves them and measured anew"
 OURS = {
     "options": "Options past the paper, one at a time (JEM++, M = 5)",
     "probes": "Short runs: one thing changed at a time",
@@ -184,6 +185,11 @@ def all_tables(folder):
         own = sources.read_results(folder / f"{table}.jsonl", full_scale)
         if own:
             texts[title] = compared(title, own, table)
+    rows = [r for table in ("table2", "table5", "table3") for r in results[table]]
+    both = {(r["method"], r["dataset"]) for r in rows if r["protocol"].get("recalibrate_bn")}
+    if both:
+        texts[STATISTICS] = compared(STATISTICS, [r for r in rows if (r["method"], r["dataset"])
+                                                  in both], "reproduce")
     digits = [r for path in sorted(folder.glob("digits/*.jsonl"))
               for r in sources.read_results(path, full_scale)]
     if digits:

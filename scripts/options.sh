@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The effect of each option beyond the paper on JEM++ (M = 5), one at a time: accuracy, calibration,
-# the last energy gap. SCALE=small takes about 3 minutes a row and seed on one CPU core. SEEDS="1 2 3"
-# gives the spread over seeds, against which to judge a difference.
+# the last energy gap. All rows together cost as much as Tables 2 and 5. SEEDS="1 2 3" gives the spread
+# over seeds, against which to judge a difference.
 source "$(dirname "$0")/common.sh"
 
 CAL=(--eval accuracy calibration)

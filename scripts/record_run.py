@@ -3,7 +3,7 @@
 
 The gap is E(x+) - E(x-). All facts are read from the run folder.
 
-    python scripts/record_run.py runs/small/jempp-seed1 --method JEM++ --results table5.jsonl
+    python scripts/record_run.py runs/cpu/jempp-m10-seed1 --method JEM++ --results table5.jsonl
 """
 
 import sys

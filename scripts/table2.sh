@@ -6,9 +6,10 @@
 source "$(dirname "$0")/common.sh"
 
 features
+ALL=(--eval accuracy calibration "${FID[@]}")
 for M in 5 10 20; do
-    row table2 "JEM++ (M=$M)" "jempp-m$M" --n_steps $M -- --eval accuracy "${FID[@]}"
+    row table2 "JEM++ (M=$M)" "jempp-m$M" --n_steps $M -- "${ALL[@]}"
 done
-row table2 "JEM (K=20)" jem-k20 "${JEM[@]}" -- --eval accuracy "${FID[@]}"
-row table2 "IGEBM" igebm "${IGEBM[@]}" -- --eval accuracy "${FID[@]}"
-row table2 "WRN w/ BN" softmax "${SOFTMAX[@]}" -- --eval accuracy
+row table2 "JEM (K=20)" jem-k20 "${JEM[@]}" -- "${ALL[@]}"
+[ "$SCALE" = cpu ] || row table2 "IGEBM" igebm "${IGEBM[@]}" -- "${ALL[@]}"
+row table2 "WRN w/ BN" softmax "${SOFTMAX[@]}" -- --eval accuracy calibration

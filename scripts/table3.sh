@@ -4,10 +4,13 @@
 # 74.5 % for M = 10. DATASETS picks the data sets. At SCALE=tiny both are the digits.
 source "$(dirname "$0")/common.sh"
 
+[ "$SCALE" != cpu ] || DATASETS=${DATASETS:-cifar100}
+CAL=(--eval accuracy calibration)
 for NAME in ${DATASETS:-svhn cifar100}; do
-    row table3 "Softmax (w/ BN)" "$NAME-softmax" --dataset "$NAME" "${SOFTMAX[@]}" -- --eval accuracy
-    row table3 "JEM (K=20)" "$NAME-jem-k20" --dataset "$NAME" "${JEM[@]}" -- --eval accuracy
+    row table3 "Softmax (w/ BN)" "$NAME-softmax" --dataset "$NAME" "${SOFTMAX[@]}" -- "${CAL[@]}"
+    [ "$SCALE" = cpu ] ||
+        row table3 "JEM (K=20)" "$NAME-jem-k20" --dataset "$NAME" "${JEM[@]}" -- "${CAL[@]}"
     for M in 5 10; do
-        row table3 "JEM++ (M=$M)" "$NAME-jempp-m$M" --dataset "$NAME" --n_steps $M -- --eval accuracy
+        row table3 "JEM++ (M=$M)" "$NAME-jempp-m$M" --dataset "$NAME" --n_steps $M -- "${CAL[@]}"
     done
 done

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # Table 5: the ablation on CIFAR-10, all six rows at M = 10, N = 5, including the failing ones. A run
 # that diverges rolls back, and its rollbacks are recorded. Random init (w/o BN) stops instead, as in
-# the paper. SCALE=paper takes about a day a row on one data-centre GPU, SCALE=small about 4 minutes a
-# row and seed on one CPU core. Expect (paper): 93.5, 92.9, 92.5, no useful model, 88.6 (diverges at
+# the paper. SCALE=paper takes about a day a row on one data-centre GPU. Expect (paper): 93.5, 92.9, 92.5, no useful model, 88.6 (diverges at
 # epoch 28), 91.1 %.
 source "$(dirname "$0")/common.sh"
 
 features
-ALL=(--eval accuracy "${FID[@]}")
+ALL=(--eval accuracy calibration "${FID[@]}")
 row table5 "JEM++" jempp-m10 --n_steps 10 -- "${ALL[@]}"
 row table5 "w/o Proximity" no-proximity --eps inf -- "${ALL[@]}"
 row table5 "w/ Adam" adam --optimizer adam -- "${ALL[@]}"

@@ -8,7 +8,7 @@ source "$(dirname "$0")/common.sh"
 OOD=(--eval ood histogram)
 row table7 "WideResNet" softmax "${SOFTMAX[@]}" -- "${OOD[@]}"
 row table7 "JEM (K=20)" jem-k20 "${JEM[@]}" -- "${OOD[@]}"
-row table7 "IGEBM" igebm "${IGEBM[@]}" -- "${OOD[@]}"
+[ "$SCALE" = cpu ] || row table7 "IGEBM" igebm "${IGEBM[@]}" -- "${OOD[@]}"
 for M in 5 10 20; do
     row table7 "JEM++ (M=$M)" "jempp-m$M" --n_steps $M -- "${OOD[@]}"
 done

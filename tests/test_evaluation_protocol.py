@@ -106,6 +106,23 @@ def opened(run, *words):
     return eval_jempp.open_all(protocol, overrides, torch.device("cpu"))[0].subject
 
 
+def test_statistics_measured_anew_are_those_of_training_and_stand_apart(run, tmp_path, evaluate):
+    argv = [*TINY, "--run_dir", tmp_path / "run", "--keep_every", "2", "--n_epochs", "2", "--lr",
+            "0.05", "--recalibrate_bn", "40"]
+    assert train_jempp.main([str(word) for word in argv]) == 0
+    trained = torch.load(tmp_path / "run" / "epoch_0002.pt", weights_only=True)["model"]
+    words = ["--eval", "accuracy", "--splits", "test", "--batch_size", "16"]
+    model = opened(run, *words, "--recalibrate_bn", "40").model.state_dict()
+    before = opened(run, *words).model.state_dict()
+    assert all(torch.equal(trained[k], v) for k, v in model.items())
+    assert {k.split(".")[-1] for k, v in model.items() if not torch.equal(v, before[k])} == {
+        "running_mean", "running_var", "num_batches_tracked"}
+    evaluate([run / "last.pt"], *words)
+    found, _ = evaluate([run / "last.pt"], *words, "--recalibrate_bn", "40")
+    assert [r["protocol"].get("recalibrate_bn") for r in found] == [None] * 3 + [40] * 3
+    assert found[0]["files"] != found[3]["files"]
+
+
 class Judge(torch.nn.Module):
     """In Inception's place: features and probabilities that are functions of the images."""
 

@@ -293,7 +293,7 @@ def test_what_is_not_finite_anywhere_is_seen_before_it_is_saved(place):
 
 def test_a_network_that_is_not_finite_never_becomes_best_pt(tmp_path, call, monkeypatch):
     spoil = lambda batches, model: model.trunk.norm.running_mean.fill_(float("nan"))  # noqa: E731
-    monkeypatch.setattr(train_jempp, "update_bn", spoil)
+    monkeypatch.setattr("utils.evaluation.inference.update_bn", spoil)
     code, out, _ = call(train_jempp.main, tiny(tmp_path, "--n_epochs", "1", "--recalibrate_bn",
                                                "20"))
     assert code == 0 and "best.pt is left as it is" in out and not (tmp_path / "best.pt").exists()

@@ -50,10 +50,11 @@ def on(datasets, rows):
 
 # script: ({(data set, method): what differs}, what is measured)
 MEASURED = {
-    "table2": (on(["cifar10"], TABLE2), {"accuracy", "fid"}),
+    "table2": (on(["cifar10"], TABLE2), {"accuracy", "calibration", "fid"}),
     "table3": (on(["svhn", "cifar100"], M5_M10 | {"Softmax (w/ BN)": SOFTMAX,
-                                                  "JEM (K=20)": JEM_K20}), {"accuracy"}),
-    "table5": (on(["cifar10"], ABLATION), {"accuracy", "fid"}),
+                                                  "JEM (K=20)": JEM_K20}),
+               {"accuracy", "calibration"}),
+    "table5": (on(["cifar10"], ABLATION), {"accuracy", "calibration", "fid"}),
     "table7": (on(["cifar10"], TABLE2 | {"WideResNet": SOFTMAX}), {"ood", "histogram"}),
     "fig9": (on(["cifar10"], FIG9), {"robustness"}),
     "fig10_11": (on(["cifar10", "cifar100"], M5_M10 | {"Standard Softmax": SOFTMAX,

@@ -381,6 +381,19 @@ def test_ours_alone_are_means_over_training_seeds_without_those_that_diverged(ta
     assert "| `sam` | 60.00† | 0.20† | 2 | 1 | 0 |" in out
 
 
+def test_recalibrated_numbers_stand_beside_those_of_the_checkpoint_not_in_their_place(tables):
+    anew = {"split": "test", "sigma": 0.0, "recalibrate_bn": 5000}
+    found = [record("accuracy", 0.80, **SMALL), record("ece", 0.09, **SMALL),
+             record("accuracy", 0.84, protocol=anew, time="2026-02-01T00:00:00Z", **SMALL),
+             record("accuracy", 0.60, "JEM (K=20)", **SMALL)]
+    code, out, err = tables({"table2": found})
+    assert code == 0, err
+    text, rows = table_of(out, "Table 2")
+    assert rows["JEM++ (M=10)"][1] == "80.0†"
+    text, rows = table_of(out, make_tables.STATISTICS)
+    assert rows["`JEM++ (M=10)`"][:3] == ["80.00†", "9.00†", "84.00†"] and "JEM (K" not in text
+
+
 # --------------------------------------------------- records that tell all arguments of a run
 
 def whole(metric, value, method="JEM++ (M=10)", *, flags=(), **more):

@@ -331,6 +331,9 @@ def add_evaluation(p, evaluations):
     flag("--sigma", type=WEIGHT, default=0.0, metavar="σ",
          help="noise on real images, in and out sets (the released evaluation adds 0.03, the "
               "tables have none); not with robustness, because noise leaves the image box")
+    flag("--recalibrate_bn", type=NATURAL, default=0, metavar="n",
+         help="measure batch norm's running statistics anew over the first n training images; "
+              "0: as the checkpoint has them")
     flag("--bins", type=number(int, 1, 1000), default=20, help="bins of the ECE (Eq. 16)")
     flag("--ood", type=images, nargs="+", metavar="NAME",
          default=["svhn", "interp", "cifar10", "cifar100", "celeba", "uniform",

@@ -11,6 +11,8 @@ LOG_P_X = {"score": "log_p_x"}
 COMPARED = {  # column: (metric, protocol to match, factor)
     "accuracy %": ("accuracy", {}, 100), "ECE %": ("ece", {}, 100), "gap": ("energy_gap", {}, 1),
     "fd_features": ("fd_features", {}, 1), "L∞ 2/255 %": ("robust_accuracy", MARGIN, 100),
+    "recalibrated: accuracy %": ("accuracy", {"recalibrated": True}, 100),
+    "recalibrated: ECE %": ("ece", {"recalibrated": True}, 100),
     "AUROC CIFAR-100": ("auroc", LOG_P_X | {"out": "cifar100"}, 1),
     "SVHN": ("auroc", LOG_P_X | {"out": "svhn"}, 1)}
 PUBLISHED = {  # column: (metric, protocol to match, factor, the paper's number for M = 5)
@@ -58,7 +60,9 @@ def fills(record, column):
     """Whether a record's value, on the test split, stands in this column."""
     metric, wanted, _ = COMPARED[column]
     protocol = {"split": "test"} | (record["protocol"] or {})
-    return record["metric"] == metric and protocol | wanted | {"split": "test"} == protocol
+    protocol["recalibrated"] = bool(protocol.get("recalibrate_bn"))
+    wanted = {"split": "test", "recalibrated": False} | wanted
+    return record["metric"] == metric and protocol | wanted == protocol
 
 
 def mean(of_row, column, lost):

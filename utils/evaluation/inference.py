@@ -1,6 +1,9 @@
 """Running a network over a data set."""
 
+import copy
+
 import torch
+from torch.optim.swa_utils import update_bn
 
 from samplers import to_pixels
 from utils import distributed
@@ -36,6 +39,14 @@ def predict(model, x, batch_size=500, sigma=0.0, seed=0):
         outputs = distributed.spread(logits, range(0, len(x), batch_size), "images")
     model.train(training)
     return torch.cat(outputs).to(x.device)
+
+
+def recalibrated(model, batches):
+    """A copy of ``model`` whose running statistics are the means over ``batches`` of pixels."""
+    model = copy.deepcopy(model)
+    with eager():
+        update_bn(batches, model)
+    return model
 
 
 def accuracy(model, images):

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from models import frozen
-from samplers import make_init, make_sampler, sampler_name
+from samplers import make_init, make_sampler, sampler_name, to_pixels
 from samplers.pyld import is_affine
 from utils import distributed, plots
 from utils.data import labelled, load_splits, spec_of
-from utils.evaluation.inference import predict
+from utils.evaluation.inference import predict, recalibrated
 from utils.files.checkpoint import Opened
 from utils.files.records import replacing
 from utils.program import InputError, Unavailable
@@ -88,6 +88,7 @@ class Subject:
     download: bool
     # passes
     batch_size: int
+    recalibrate_bn: int
     seed: int
     # generated images and fresh chains
     source: str
@@ -113,6 +114,10 @@ class Subject:
 
     def __post_init__(self):
         self.model = self.opened.model.to(self.device).eval()
+        if self.recalibrate_bn:
+            x = self.images("train", self.recalibrate_bn).x
+            self.model = recalibrated(self.model, map(to_pixels, x.split(self.batch_size)))
+            self.model.eval()
 
     @functools.cached_property
     def splits(self):
