@@ -120,8 +120,7 @@ def card(out):
         f"the paper's. `{published.TENSORS}` holds float32 weights{buffer}. Its SHA-256 is "
         f"`{weights}`.", *formerly, "",
         "```bash", command(run), "",
-        f"python eval_jempp.py --load_path {shown} --eval accuracy calibration "
-        "--splits test",
+        *(f"python eval_jempp.py --load_path {shown} {words}" for words in measuring(out)),
         "```", "", *table(out), ""]
     for picture in sorted(out.glob("*.png")):
         lines += [f"![{picture.stem}]({picture.name})", ""]
@@ -129,6 +128,39 @@ def card(out):
         lines.append((out / "limits.md").read_text())
     with records.replacing(out / "README.md", "w") as file:
         file.write("\n".join(lines).rstrip() + "\n")
+
+
+def measuring(out):
+    """The words of eval_jempp.py, a command each, that measure the main numbers of a card again."""
+    path = out / "records.jsonl"
+    found = records.read_jsonl(path) if path.exists() else []
+    yield "--eval accuracy calibration --splits test"
+    ood = [r for r in found if r["metric"] == "auroc"]
+    if ood:
+        sets = dict.fromkeys(out_set(r["protocol"]) for r in ood)
+        yield f"--eval ood --ood {' '.join(sets)}{n_images(ood[0]['protocol']['n_in'])}"
+    attacks = {}
+    for r in found:
+        if r["metric"] == "robust_accuracy":
+            attacks.setdefault(r["protocol"]["attack"], []).append(r)
+    for name, points in attacks.items():
+        how = points[0]["protocol"]
+        restarts = f" --attack_restarts {how['restarts']}" if "restarts" in how else ""
+        budgets = {norm: " ".join(f"{r['protocol'][key]:g}" for r in points
+                                  if r["protocol"]["norm"] == norm and r["protocol"][key])
+                   for norm, key in (("linf", "eps_255"), ("l2", "eps"))}
+        yield (f"--eval robustness --attacks {name}{restarts} --attack_steps {how['steps']} "
+               f"--eps_linf {budgets['linf']} --eps_l2 {budgets['l2']} "
+               f"--n_attack {points[0]['n']}").replace("  ", " ")
+
+
+def out_set(protocol):
+    """The word of --ood for an out set."""
+    return f"{protocol['out']}={protocol['origin']}" if "origin" in protocol else protocol["out"]
+
+
+def n_images(n, whole=10_000):
+    return f" --n_images {n}" if n < whole else ""
 
 
 def table(out):

@@ -13,6 +13,7 @@ import train_jempp
 from scripts import publish
 from utils import cli
 from utils.data import Images, load
+from utils.evaluation.evaluations import EVALUATIONS
 from utils.evaluation.inference import accuracy
 from utils.files import checkpoint, published
 from utils.files.records import read_jsonl
@@ -107,6 +108,30 @@ def test_a_published_file_is_the_one_its_card_names(path):
     config = json.loads((path.parent / "config.json").read_text())
     known = {digest, *config.get("formerly", {}).values()}  # of the same weights
     assert records and {r["checkpoint"]["sha256"] for r in records} <= known
+
+
+@pytest.mark.skipif(not PUBLISHED, reason="nothing is published")
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
+def test_the_commands_of_a_card_measure_its_numbers_again(path):
+    """Each command asks for the protocol of the records: out sets, budgets, restarts, n."""
+    card = (path.parent / "README.md").read_text()
+    found, asked = read_jsonl(path.parent / "records.jsonl"), {}
+    for words in re.findall("python eval_jempp.py (.*)", card):
+        own, _ = cli.evaluation_args(words.split(), EVALUATIONS)
+        asked |= {name: own for name in own.eval if name != "robustness"}
+        asked |= {name: own for name in own.attacks if "robustness" in own.eval}
+    for r in found:
+        p = r["protocol"]
+        if r["metric"] == "auroc":
+            assert p["out"] in {word.split("=")[0] for word in asked["ood"].ood}
+            assert p["n_in"] == (asked["ood"].n_images or 10_000)
+        if r["metric"] == "robust_accuracy":
+            own = asked[p["attack"]]
+            budgets = own.eps_linf if p["norm"] == "linf" else own.eps_l2
+            assert p.get("eps_255", p.get("eps")) in [0, *budgets]
+            assert (r["n"], p["steps"]) == (own.n_attack, own.attack_steps)
+            assert p.get("restarts", own.attack_restarts) == own.attack_restarts
+    assert {"accuracy", "calibration", "ood", "margin"} <= asked.keys()
 
 
 @pytest.mark.skipif(not PUBLISHED, reason="nothing is published")

@@ -160,7 +160,8 @@ def add_sampler(p, typed_only=False):
     flag("--pixel_clamp", action=FLAG, default=True,
          help="keep chains in [-1, 1] after every inner step")
     flag("--literal_pyld", action=FLAG, default=False,
-         help="run the inner loop of Algorithm 1 step by step (same result, slower)")
+         help="run the inner loop of Algorithm 1 step by step (slower; the same "
+              "for an affine stem)")
     flag("--sample_mode", choices=("train", "eval"), default="train",
          help="the network's mode while sampling (JEM: eval)")
     flag("--init", choices=("informative", "uniform"), default="informative",
