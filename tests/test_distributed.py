@@ -17,7 +17,7 @@ from utils.files.records import read_jsonl
 from utils.training.guard import Stop
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
-SMALL = [*TINY, "--n_valid", "1347", "--batch_size", "8", "--lr", "0.01"]  # 5 steps of 16 an epoch
+SMALL = [*TINY, "--n_train", "90", "--batch_size", "8", "--lr", "0.01"]  # 5 steps of 16 an epoch
 
 
 def torchrun(processes, script, *words):

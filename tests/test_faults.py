@@ -433,7 +433,7 @@ FLAGS = {
     "--warmup_iters": ODD_NUMBERS, "--decay_epochs": ["0", "3", "-1"],
     "--decay_rate": ODD_NUMBERS, "--batch_size": ["2", "17", *ODD_NUMBERS],
     "--adversarial": ["none", "linf", "l2", "x"], "--adv_eps": ODD_NUMBERS,
-    "--n_train": ["48", "17", *ODD_NUMBERS], "--n_valid": ["1389", *ODD_NUMBERS],
+    "--n_train": ["48", "17", *ODD_NUMBERS], "--n_valid": ["40", *ODD_NUMBERS],
     "--seed": ODD_NUMBERS, "--channels_last": None, "--no-channels_last": None,
     "--on_divergence": ["rollback", "stop", "x"], "--max_rollbacks": ["0", "1"],
     "--max_gap": ODD_NUMBERS, "--good_after": ODD_NUMBERS, "--keep_every": ODD_NUMBERS,

@@ -80,7 +80,7 @@ def test_a_run_with_few_labels_resumes_records_it_and_keeps_validation_labels(ca
     assert call(train_jempp.main, [*words, "--max_steps", "1"])[0] == 0
     assert call(train_jempp.main, words)[0] == 0
     log = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
-    assert log[0]["n_labelled"] == 20 and log[0]["n_train"] == 48 and log[0]["n_valid"] == 1389
+    assert log[0]["n_labelled"] == 20 and log[0]["n_train"] == 48 and log[0]["n_valid"] == 40
     assert log[0]["args"]["labels_per_class"] == 2
     changed = tiny(tmp_path, "--labels_per_class", "3", "--n_epochs", "2")
     code, _, err = call(train_jempp.main, changed)
@@ -91,7 +91,7 @@ def test_class_gaussians_know_no_other_labels():
     """Where chains start may not tell of labels that training is not to have."""
     args = cli.train_args([*TINY, "--labels_per_class", "2"])
     setup = build(args, torch.device("cpu"))
-    train = load_splits("digits", "data", n_valid=1389)[0]
+    train = load_splits("digits", "data", n_valid=40, n_train=48)[0]
     first = train.x[(train.y == 4).nonzero().squeeze(1)[:2]]
     mean = (first.float() / 127.5 - 1).mean(0)
     assert torch.allclose(setup.p0.means()[4], mean, atol=1e-5)

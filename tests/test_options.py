@@ -84,7 +84,7 @@ def same_tensors(a, b):
 # -- resuming -------------------------------------------------------------------------------------
 EVERYTHING = ["--batch_size", "4", "--accumulate", "2", "--labelled_batch", "16", "--sam", "0.05",
               "--ema", "0.9", "--schedule", "linear", "--nesterov", "--clean_p_x", "--step_decay",
-              "0.8", "--label_smoothing", "0.1", "--recalibrate_bn", "64", "--n_valid", "1347",
+              "0.8", "--label_smoothing", "0.1", "--recalibrate_bn", "64", "--n_train", "90",
               "--n_epochs", "4"]
 
 
@@ -166,7 +166,7 @@ def test_a_step_may_be_divided_otherwise_but_keeps_its_images(tmp_path, call, fl
 # -- batches --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stream, size, epoch", (("labelled", 8, 5), ("unlabelled", 5, 9)))
 def test_parts_of_a_step_share_no_image_and_an_epoch_repeats_none(stream, size, epoch):
-    flags = ["--n_valid", "1300", "--labelled_batch", "24"]  # of 137 images
+    flags = ["--n_train", "137", "--labelled_batch", "24"]  # of 137 images
     _, _, data, _ = built(*flags, "--batch_size", "5", "--accumulate", "3")
     _, _, whole, _ = built(*flags, "--batch_size", "15")
     orders = []

@@ -43,7 +43,7 @@ CONDITIONAL = ["--p_x_y_weight", "1", "--class_cond_p_x_sample", "--shared_batch
 @pytest.mark.parametrize("flags", ([], ADAM_JEM, CONDITIONAL), ids=("jempp", "jem", "conditional"))
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, call, flags):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    flags = ["--n_epochs", "4", *flags, "--n_valid", "1347", "--seed", "3"]  # 5 steps an epoch
+    flags = ["--n_epochs", "4", *flags, "--n_train", "90", "--seed", "3"]  # 5 steps an epoch
     assert call(train_jempp.main, tiny(whole, *flags, "--max_steps", "6"))[0] == 0
     assert call(train_jempp.main, tiny(parts, *flags, "--max_steps", "3"))[0] == 0
     torch.rand(7)  # whatever the process drew in between
@@ -57,7 +57,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, call, flags):
 
 def test_a_crash_between_checkpoints_costs_only_the_steps_since(tmp_path, call, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    flags = ["--n_epochs", "2", "--ckpt_steps", "2", "--n_valid", "1347"]
+    flags = ["--n_epochs", "2", "--ckpt_steps", "2", "--n_train", "90"]
     assert call(train_jempp.main, tiny(whole, *flags))[0] == 0
     step, n = train_jempp.train_step, []
 
