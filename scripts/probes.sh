@@ -27,7 +27,9 @@ ALL=(--eval accuracy calibration ood robustness --attacks margin)
 classifier() { row probes "softmax: $1" "probe-softmax$2" "${CLASS[@]}" "${RATE[@]}" "${@:3}" -- "${CAL[@]}"; }
 joint() { row probes "joint stage: $1" "probe-joint-$2" "${TWO[@]}" "${RATE[@]}" "${@:3}" -- "${ALL[@]}"; }
 whole() { row probes "$1" "probe-$2" "${WHOLE[@]}" "${RATE[@]}" "${@:3}" -- "${ALL[@]}"; }
-stats() { row probes "statistics: $1" "probe-stats-$2" "${ONE[@]}" "${RATE[@]}" "${@:3}" -- "${CAL[@]}"; }
+stats() {  # measured as the run leaves them and measured anew
+    RECALIBRATE=5000 row probes "statistics: $1" "probe-stats-$2" "${ONE[@]}" "${RATE[@]}" "${@:3}" -- "${CAL[@]}"
+}
 
 if [[ $PARTS = *softmax* ]]; then
     classifier "rate 0.1" ""
@@ -59,5 +61,4 @@ if [[ $PARTS = *statistics* ]]; then
     stats "momentum 0.1" m1 --bn_momentum 0.1
     stats "momentum 0.9, bn_update real" m9-real --bn_update real
     stats "momentum 0.1, bn_update real" m1-real --bn_momentum 0.1 --bn_update real
-    stats "momentum 0.9, recalibrated" recalibrated --recalibrate_bn 5000
 fi
