@@ -2,7 +2,7 @@
 # What a short run on CPU cores should look like: one thing changed at a time. PARTS says what to run:
 #   softmax     the classifier alone, 5 epochs: rate, noise, shift, the norms' biases and decay
 #   joint       log p(x), two epochs from the first softmax network: rate, weight, |B|, ramp, M, chains
-#   whole       a whole run at about the cost of both: from the start, and in two stages
+#   whole       WRN-16-2 with a stem of stride 2: log p(x) from the start, and in two stages
 #   statistics  the running statistics of batch norm, one epoch from that network (SEEDS="1 2 3")
 # WRN-10-1 takes 5 to 20 minutes a row on one CPU core. --depth 16 --width 2 repeats it larger.
 PARTS=${PARTS:-softmax joint whole statistics}
@@ -26,7 +26,11 @@ ALL=(--eval accuracy calibration ood robustness --attacks margin)
 # PART "what changed" run-name flags...
 classifier() { row probes "softmax: $1" "probe-softmax$2" "${CLASS[@]}" "${RATE[@]}" "${@:3}" -- "${CAL[@]}"; }
 joint() { row probes "joint stage: $1" "probe-joint-$2" "${TWO[@]}" "${RATE[@]}" "${@:3}" -- "${ALL[@]}"; }
-whole() { row probes "$1" "probe-$2" "${WHOLE[@]}" "${RATE[@]}" "${@:3}" -- "${ALL[@]}"; }
+whole() {  # on the network of SCALE=cpu
+    local SIZE=("${SIZE[@]}")
+    [ "$SCALE" = tiny ] || SIZE+=(--depth 16 --width 2 --stride_first --stem_stride 2)
+    row probes "whole run: $1" "probe-$2" "${WHOLE[@]}" "${RATE[@]}" "${@:3}" -- "${ALL[@]}"
+}
 stats() {  # measured as the run leaves them and measured anew
     RECALIBRATE=5000 row probes "statistics: $1" "probe-stats-$2" "${ONE[@]}" "${RATE[@]}" "${@:3}" -- "${CAL[@]}"
 }
@@ -51,7 +55,7 @@ if [[ $PARTS = *joint* ]]; then
     joint "64 chains" c64 --buffer_size 1000 --batch_size 64
 fi
 if [[ $PARTS = *whole* ]]; then
-    whole "from the start, weight 0.3, rate 0.05" start --n_epochs 4
+    whole "from the start, weight 0.3" start --n_epochs 4
     whole "from the start, weight 1" start-w10 --n_epochs 4 --p_x_weight 1
     whole "two stages, log p(x) in the last 3 of 5 epochs" stages --n_epochs 5 --p_x_from 2
     whole "two stages, log p(x) in the last of 2 epochs" stages-short --n_epochs 2 --p_x_from 1 --buffer_size 500
