@@ -41,6 +41,21 @@ def test_train_cifar10_is_the_papers_run_and_passes_words_on():
     assert changed == {"n_steps": 20, "run_dir": "runs/cifar10_m10", "dry_run": True}
 
 
+def test_train_cpu_trains_a_hybrid_its_twin_and_the_papers_objective(monkeypatch):
+    found = {}
+    for model in ("hybrid", "twin", "paper"):
+        monkeypatch.setenv("MODEL", model)
+        done = shell("bash", "scripts/train_cpu.sh", "--n_epochs", "3", "--dry_run")
+        assert done.returncode == 0, done.stderr
+        found[model] = json.loads(done.stdout)
+    assert {(a["depth"], a["width"], a["stem_stride"], a["n_epochs"], a["labelled_batch"])
+            for a in found.values()} == {(16, 4, 2, 3, 128)}
+    assert {m: a["p_x_weight"] for m, a in found.items()} == {"hybrid": 0.3, "twin": 0, "paper": 1}
+    assert len({a["run_dir"] for a in found.values()}) == 3
+    monkeypatch.setenv("MODEL", "other")
+    assert shell("bash", "scripts/train_cpu.sh").returncode == 2
+
+
 def test_a_wrong_flag_ends_a_script_with_code_2():
     done = shell("bash", "scripts/train_cifar10.sh", "--depth", "27")
     assert done.returncode == 2 and "6n + 4" in done.stderr and "Traceback" not in done.stderr
