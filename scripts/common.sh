@@ -1,8 +1,8 @@
 # Sourced by the table and figure scripts. They read these environment variables:
 #   SCALE  paper (default): the paper's runs. cpu: the same on all of CIFAR, 8 epochs of a WRN-16-2
-#          with a stem of stride 2, 7 PFLOP in all, a night or two on two CPU cores. digits: WRN-10-1
-#          on digits with a miniature of the paper's schedule, minutes a row on one CPU core. tiny: a
-#          smoke run of a minute on digits.
+#          with a stem of stride 2, 7 PFLOP in all, a night or two on two CPU cores. digits: WRN-10-2
+#          with such a stem on digits, a miniature of the paper's schedule, minutes a row on one CPU
+#          core. tiny: a smoke run of a minute on digits.
 #   SEEDS  training seeds (default "1"). "1 2 3" gives mean and standard deviation.
 #   DATA   folder of the data sets (default data).
 #   RUNS   run folders (default runs/$SCALE).
@@ -38,9 +38,9 @@ case $SCALE in
                  --chain_batch 20 --n_images 100 --is_splits 2 --kid_subset_size 20 --eps_linf 8 --eps_l2 0.5
                  --ood interp uniform) ;;
     digits) LABELLED=64 RECALIBRATE=1000 DATASETS=${DATASETS:-digits} OUT=${OUT:-results/digits}
-            SIZE=(--dataset digits --depth 10 --width 1 --batch_size 32 --n_epochs 75
-                  --warmup_iters 50 --decay_epochs 25 50 62 --buffer_size 290 --print_every 20
-                  --keep_every 25 --num_threads 1 --fast)
+            SIZE=(--dataset digits --depth 10 --width 2 --stride_first --stem_stride 2
+                  --batch_size 32 --n_epochs 75 --warmup_iters 50 --decay_epochs 25 50 62
+                  --buffer_size 290 --print_every 20 --keep_every 25 --num_threads 1 --fast)
             EVAL+=(--attack_restarts 2 --n_attack 300 --chain_steps 200 --is_splits 2
                    --kid_subset_size 100 --ood interp uniform constant) ;;
     *) echo "SCALE is paper, cpu, digits or tiny, not $SCALE" >&2; exit 2 ;;
