@@ -56,7 +56,6 @@ if [[ $PARTS = *joint* ]]; then
 fi
 if [[ $PARTS = *whole* ]]; then
     whole "from the start, weight 0.3" start --n_epochs 4
-    whole "from the start, weight 1" start-w10 --n_epochs 4 --p_x_weight 1
     whole "two stages, log p(x) in the last 3 of 5 epochs" stages --n_epochs 5 --p_x_from 2
     whole "two stages, log p(x) in the last of 2 epochs" stages-short --n_epochs 2 --p_x_from 1 --buffer_size 500
 fi
