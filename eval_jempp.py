@@ -28,7 +28,7 @@ from samplers import sampler_name
 from utils import cli, distributed, machine, plots, program
 from utils.evaluation import ood
 from utils.evaluation.evaluations import EVALUATIONS, named_by
-from utils.evaluation.subject import Output, Subject, skip
+from utils.evaluation.subject import SOURCES, Output, Subject, skip
 from utils.files import checkpoint, records
 from utils.own_images import is_own
 
@@ -46,6 +46,8 @@ class Entry(NamedTuple):
 def main(argv=None):
     protocol, overrides = cli.evaluation_args(argv, EVALUATIONS)
     ood.check_names(protocol.ood)
+    if protocol.source not in SOURCES:
+        ood.check_names([protocol.source])
     if protocol.dry_run:
         cli.print_json(vars(protocol) | overrides)
         return program.EXIT_OK

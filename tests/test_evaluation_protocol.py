@@ -138,6 +138,38 @@ def judged_by(monkeypatch):
     monkeypatch.setattr(generation, "inception_outputs", outputs)
 
 
+def test_real_images_give_the_scale_of_the_distances_of_generated_ones(run, tmp_path, evaluate,
+                                                                       call, monkeypatch):
+    """Each source is judged on its own images, as many as asked for, and named in the record."""
+    judged_by(monkeypatch)
+    shown, outputs = [], generation.inception_outputs
+    monkeypatch.setattr(generation, "inception_outputs",
+                        lambda n, x, b: shown.append(x) or outputs(n, x, b))
+    words = ["--data_root", tmp_path, "--eval", "fid", "--n_samples", "40", "--reference", "train"]
+
+    def distance(source, *more):
+        shown.clear()
+        found, _ = evaluate([run / "last.pt"], *words, "--source", source, *more,
+                            name=f"{source}{len(more)}.jsonl")
+        (r,) = (r for r in found if r["metric"] == "fid")
+        assert r["protocol"]["source"] == source and r["n"] == 40 == len(shown[0])
+        return r["value"], shown[0], r["protocol"]
+
+    test, images, _ = distance("test")
+    assert torch.equal(images, opened(run, "--eval", "accuracy").images("test", 40).x)
+    noisy, images, protocol = distance("test", "--sigma", "0.3")
+    assert protocol["sigma"] == 0.3 and images.dtype == torch.uint8
+    noise, _, _ = distance("uniform")
+    assert test < noisy < noise and distance("p0")[0] < noise
+    last = ["--load_path", run / "last.pt", *FLAGS]
+    for more, line in ((["--source", "nowhere"], "unknown out-of-distribution set 'nowhere'"),
+                       (["--source", "test", "--n_samples", "9999"], "test holds 360 images")):
+        code, _, err = call(eval_jempp.main, [*last, *words, *more])
+        assert code == 2 and line in err and err.count("\n") == 1
+    code, _, err = call(eval_jempp.main, [*last, "--eval", "export", "--source", "test"])
+    assert code == 2 and "is for generated images" in err
+
+
 def test_an_image_metric_that_cannot_be_had_leaves_the_others(run, tmp_path, evaluate, call,
                                                               monkeypatch):
     """40 images: too few for KID by default, for IS in 50 splits; the record says rank-deficient.

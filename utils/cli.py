@@ -65,7 +65,7 @@ def evaluation_args(argv, evaluations):
     if args["sigma"] and "robustness" in args["eval"]:
         raise InputError("--sigma does not go with --eval robustness: attacks stay in the image "
                          "box, noise leaves it. Evaluate robustness in a command without it")
-    if (args["conditional"] or args["y"]) and args["source"] == "buffer":
+    if (args["conditional"] or args["y"]) and args["source"] != "scratch":
         raise InputError("--conditional and --y are for fresh chains: add --source scratch")
     protocol = argparse.Namespace(**{k: v for k, v in args.items() if k in alone})
     return protocol, {k: v for k, v in args.items() if k not in alone}

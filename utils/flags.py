@@ -351,10 +351,11 @@ def add_evaluation(p, evaluations):
     flag("--n_attack", type=NATURAL, default=300, metavar="n",
          help="attack the first n test images, or all if there are fewer; 0: all")
     flag = group(p, "generated images")
-    flag("--source", choices=("buffer", "scratch"), default="buffer",
-         help="evaluate the replay buffer or fresh chains")
+    flag("--source", type=images, default="buffer", metavar="SET",
+         help="evaluate the replay buffer (buffer), fresh chains (scratch), or for a scale p0, the "
+              "real images of train or test, or an out set of --ood")
     flag("--n_samples", type=SIZE, default=None, metavar="n",
-         help="number of images (buffer: all; scratch: 1000)")
+         help="number of images (all that there are; scratch and p0: 1000)")
     flag("--chain_steps", type=POSITIVE, default=1000, metavar="M",
          help="outer steps of chains from scratch")
     flag("--chain_batch", type=AT_LEAST_2, default=100,

@@ -26,6 +26,8 @@ def export(subject, out):
     in whole batches of --chain_batch. So a second call only makes missing or partial images, and a
     larger --n_samples continues from them. The folder belongs to one checkpoint and its settings.
     """
+    if subject.source not in ("buffer", "scratch"):
+        raise InputError(f"--eval export is for generated images, not --source {subject.source}")
     n, scratch = subject.n_generated(), subject.source == "scratch"
     folder = out.folder / f"{out.stem}_images"
     subject.classes([0])  # refuse a wrong --y before claiming the folder

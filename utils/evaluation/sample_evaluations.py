@@ -14,8 +14,8 @@ from samplers import to_pixels
 from utils import image_folder, plots
 from utils.data import load
 from utils.evaluation import generation
-from utils.evaluation.inference import predict
-from utils.evaluation.subject import Number, skip
+from utils.evaluation.inference import pixels, predict
+from utils.evaluation.subject import MADE, Number, skip
 from utils.files.checkpoint import open_any, sha256_of
 from utils.own_images import is_own, path_of
 from utils.program import InputError, Unavailable
@@ -32,8 +32,11 @@ def selected(subject, x, protocol, top):
 
 
 def fid(subject, out, *, features, inception_weights, top, reference, is_splits, kid_subsets,
-        kid_subset_size):
-    """IS, FID and KID with pytorch-fid's Inception, fd_features with the network of --features."""
+        kid_subset_size, sigma):
+    """IS, FID and KID with pytorch-fid's Inception, fd_features with the network of --features.
+
+    Noise of --sigma goes to real images (--source train, test or an out set) alone.
+    """
     # report whatever is missing before spending hours on chains
     subject.n_generated()
     subject.classes([0])
@@ -47,6 +50,9 @@ def fid(subject, out, *, features, inception_weights, top, reference, is_splits,
             raise
         skip("IS, FID, KID", error)
     x, protocol = subject.generated()
+    if sigma and subject.source not in MADE:
+        noisy = (pixels(x, k, k + 1000, sigma, subject.seed) for k in range(0, len(x), 1000))
+        x, protocol = torch.cat([*map(plots.to_uint8, noisy)]), {**protocol, "sigma": sigma}
     files = (out.npz("fid_images", images=x[:2000].numpy()),)
     x, protocol = selected(subject, x, {**protocol, **about}, top)
     metrics = {}

@@ -16,11 +16,15 @@ from samplers import make_init, make_sampler, sampler_name, to_pixels
 from samplers.pyld import is_affine
 from utils import distributed, plots
 from utils.data import labelled, load_splits, spec_of
+from utils.evaluation import ood
 from utils.evaluation.inference import predict, recalibrated
 from utils.files.checkpoint import Opened
 from utils.files.records import replacing
 from utils.program import InputError, Unavailable
 from utils.seeding import generator, seed_step
+
+MADE = ("buffer", "scratch", "p0")  # sources of images that a model makes ...
+SOURCES = (*MADE, "train", "test")  # ... and real ones, beside the out sets
 
 
 class Output(NamedTuple):
@@ -255,20 +259,35 @@ class Subject:
 
     def n_generated(self):
         """The number of images that --source and --n_samples ask for."""
-        if self.source != "buffer":
+        if self.source in ("scratch", "p0"):
             return self.n_samples or 1000
-        n = len(self.buffer())
+        n = len(self.buffer() if self.source == "buffer" else self.real[0])
         if self.n_samples is not None and self.n_samples > n:
-            raise InputError(f"--n_samples {self.n_samples}: the buffer holds {n} images")
+            raise InputError(f"--n_samples {self.n_samples}: {self.source} holds {n} images")
         return self.n_samples or n
+
+    @functools.cached_property
+    def real(self):
+        """The images of --source train, test or an out set, uint8, and notes on their origin."""
+        if self.source in ("train", "test"):
+            return self.images(self.source).x.cpu(), {}
+        return ood.out_set(self.source, self.image_size, in_x=self.images().x, seed=self.seed,
+                           root=self.data_root, download=self.download, n=self.n_samples)
 
     def generated(self):
         """(images uint8 [n, 3, H, W] on the CPU, the protocol of their origin).
 
         --source buffer: all of the buffer, or --n_samples at random. --source scratch: fresh
-        chains, drawn once.
+        chains, drawn once. p0: where they start. train, test or an out set: its first images.
         """
         n = self.n_generated()
+        if self.source == "p0":
+            streams = seed_step(self.seed, 0, "evaluation", self.device)
+            x = self.p0.sample(n, None, host=streams.host, generator=streams.device)
+            return plots.to_uint8(x).cpu(), {"source": "p0", "init": self.init}
+        if self.source not in ("buffer", "scratch"):
+            x, about = self.real
+            return x[:n], {"source": ood.name_and_source(self.source)[0], **about}
         if self.source == "buffer":
             # a buffer may be sorted by class, but the Inception Score's splits must not be
             x = self.buffer()
