@@ -55,6 +55,7 @@ if [[ $PARTS = *joint* ]]; then
     joint "64 chains" c64 --buffer_size 1000 --batch_size 64
 fi
 if [[ $PARTS = *whole* ]]; then
+    whole "softmax, rate 0.2" strided-softmax "${CLASS[@]}" --lr 0.2
     whole "from the start, weight 0.3" start --n_epochs 4
     whole "two stages, log p(x) in the last 3 of 5 epochs" stages --n_epochs 5 --p_x_from 2
     whole "two stages, log p(x) in the last of 2 epochs" stages-short --n_epochs 2 --p_x_from 1 --buffer_size 500
