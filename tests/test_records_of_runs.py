@@ -133,24 +133,34 @@ def test_each_row_of_a_table_script_is_the_papers_run(script, name, n_rows):
         assert args.on_divergence == ("stop" if stops else "rollback"), method
 
 
-def test_digits_rows_are_the_papers_in_miniature(script):
-    code, err, commands = script("digits", SEEDS="1 2")
+DIGITS = {"depth": 10, "width": 2, "batch_size": 32, "global_batch_size": 32, "labelled_batch": 32,
+          "network": "WRN-10-2, stride first, stem stride 2", "n_epochs": 75, "warmup_iters": 50,
+          "decay_epochs": [25, 50, 62]}
+CPU = {"depth": 16, "width": 2, "network": "WRN-16-2, stride first, stem stride 2", "n_epochs": 8,
+       "warmup_iters": 500, "decay_epochs": [3, 5, 7]}
+
+
+@pytest.mark.parametrize(("name", "scale", "size", "n_rows", "buffer_size"), [
+    ("digits", "digits", DIGITS, 20, 290), ("table2", "cpu", CPU, 10, 2000),
+    ("table5", "cpu", CPU, 12, 2000), ("table3", "cpu", CPU, 6, 2000)])
+def test_rows_of_a_smaller_scale_are_the_papers_in_all_but_size(script, name, scale, size, n_rows,
+                                                                buffer_size):
+    code, err, commands = script(name, SEEDS="1 2", SCALE=scale)
     rows = trained_rows(commands)
-    assert (code, err, len(rows)) == (0, "", 20)
+    assert (code, err, len(rows)) == (0, "", n_rows)
     for (method, run), args in rows.items():
         ours = records.training_of(vars(args), None, network=network_name(vars(args)))
-        paper = papers_training(method, "digits")
+        paper = papers_training(method, args.dataset)
         changed = {k: v for k, v in ours.items() if k in paper and v != paper[k]}
-        changed.pop("decay_rate", None)
-        assert {"depth": 10, "width": 1, "network": "WRN-10-1", "batch_size": 32,
-                "global_batch_size": 32, "labelled_batch": 32, "n_epochs": 75, "warmup_iters": 50,
-                "decay_epochs": [25, 50, 62]}.items() == {
-                    k: v for k, v in changed.items() if k != "buffer_size"}.items(), method
-        assert args.buffer_size == 290 and args.fast and args.keep_every == 25
+        for free in ("decay_rate", "buffer_size"):
+            changed.pop(free, None)
+        assert changed == size | {"stride_first": True, "stem_stride": 2}, method
+        assert args.buffer_size == buffer_size and args.fast and args.keep_every
         assert run.endswith(f"-seed{args.seed}")
-    names = {run.split("/")[-1].rsplit("-", 1)[0] for _, run in rows}
-    assert names == {"softmax", "jempp-m5", "jempp-m10", "jempp-m20", "jem-k20", "no-proximity",
-                     "adam", "uniform-bn", "uniform-no-bn", "informative-no-bn"}
+    if name == "digits":
+        assert {run.split("/")[-1].rsplit("-", 1)[0] for _, run in rows} == {
+            "softmax", "jempp-m5", "jempp-m10", "jempp-m20", "jem-k20", "no-proximity", "adam",
+            "uniform-bn", "uniform-no-bn", "informative-no-bn"}
 
 
 def test_each_probe_changes_one_thing(script):
