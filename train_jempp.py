@@ -168,7 +168,7 @@ def train_step(args, setup, draw):
     # set the learning rate
     lr = learning_rate(state.step, data.steps_per_epoch, args)
     for group in state.optimizer.param_groups:
-        group["lr"] = lr * state.lr_factor * group.get("factor", 1)
+        group["lr"] = lr * state.lr_factor
 
     # prepare this process's parts of the global batch, which it computes one after the other
     weight, parts = p_x_weight(state.step, data.steps_per_epoch, args), []

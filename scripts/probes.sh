@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a short run on CPU cores should look like: one thing changed at a time. PARTS says what to run:
-#   softmax     the classifier alone, 5 epochs: rate, noise, shift, the norms' biases and decay
+#   softmax     the classifier alone, 5 epochs: rate, noise, shift
 #   joint       log p(x), two epochs from the first softmax network: rate, weight, |B|, ramp, M, chains
 #   whole       WRN-16-2 with a stem of stride 2: log p(x) from the start, and in two stages
 #   statistics  the running statistics of batch norm, one epoch from that network (SEEDS="1 2 3")
@@ -41,8 +41,6 @@ if [[ $PARTS = *softmax* ]]; then
     classifier "rate 0.4" -lr4 --lr 0.4
     classifier "no noise" -sigma0 --sigma 0
     classifier "shift 2" -pad2 --pad 2
-    classifier "norm biases × 16" -bias16 --norm_bias_lr 16
-    classifier "no decay on norms" -decay0 --no-norm_decay
 fi
 if [[ $PARTS = *joint* ]]; then
     joint "weight 0.3, rate 0.02, B 500" base

@@ -167,7 +167,7 @@ def test_each_probe_changes_one_thing(script):
     code, err, commands = script("probes", SEEDS="1")
     runs = {method: records.training_of(vars(args), None)
             for (method, _), args in trained_rows(commands).items()}
-    parts = {"softmax: rate 0.1": 6, "joint stage: weight 0.3, rate 0.02, B 500": 7,
+    parts = {"softmax: rate 0.1": 4, "joint stage: weight 0.3, rate 0.02, B 500": 7,
              "statistics: momentum 0.9": 3}
     assert (code, err, len(runs)) == (0, "", sum(parts.values()) + len(parts) + 4)
     for base, n_others in parts.items():

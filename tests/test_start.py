@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import released_file, tiny
+from helpers import RELEASED, released_file, tiny
 
 import train_jempp
 from utils.files import checkpoint
@@ -94,7 +94,7 @@ def test_the_replay_buffer_comes_along_when_asked_for(tmp_path, call, jem):
 def test_other_classes_take_a_new_last_layer(tmp_path, call):
     released_file(tmp_path / "a.pt", **{"class_output.weight": torch.zeros(7, 64),
                                         "class_output.bias": torch.zeros(7)})
-    words = tiny(tmp_path / "run", "--load_path", tmp_path / "a.pt", "--max_steps", "1")
+    words = tiny(tmp_path / "run", *RELEASED, "--load_path", tmp_path / "a.pt", "--max_steps", "1")
     code, _, err = call(train_jempp.main, words)
     assert code == 2 and "knows 7 classes, digits has 10: --no-load_head" in err
     code, _, err = call(train_jempp.main, [*words, "--no-load_head"])
@@ -105,9 +105,10 @@ def test_other_classes_take_a_new_last_layer(tmp_path, call):
 
 
 @pytest.mark.parametrize("words, told", [
-    (["--width", "2"], "is a WRN-10-1 with norm batch, this run's network is a WRN-10-2 with norm "
-                       "batch: type --width 1"),
-    (["--stride_first"], "type --no-stride_first"), (["--norm", "none"], "type --norm batch"),
+    (["--width", "2"], "is a WRN-10-1, stride first, stem stride 2 with norm batch, this run's "
+                       "network is a WRN-10-2, stride first, stem stride 2 with norm batch: type "
+                       "--width 1"),
+    (["--no-stride_first"], "type --stride_first"), (["--norm", "none"], "type --norm batch"),
     (["--load_buffer", "--buffer_size", "41"], "holds 40 images: type --buffer_size 40"),
     (["--load_buffer", "--p_x_weight", "0"], "has no replay buffer"),
     (["--load_buffer", "--image_size", "32"], "its images are 16x16, this run's 32x32"),

@@ -299,22 +299,6 @@ def test_optimisers_are_the_released_ones(name, expected):
     assert {k: optimizer.defaults[k] for k in expected} == expected
 
 
-def test_the_norms_may_have_their_own_rate_and_decay():
-    def groups(*words):
-        args = cli.train_args(["--dataset", "digits", "--depth", "10", "--width", "1", *words])
-        setup = build(args, torch.device("cpu"))
-        return setup, args, setup.state.optimizer.param_groups
-
-    assert len(groups()[2]) == 1
-    setup, args, (rest, scales, biases) = groups("--norm_bias_lr", "16", "--warmup_iters", "0",
-                                                 "--lr", "0.5", "--p_x_weight", "0")
-    assert len(biases["params"]) == len(scales["params"]) == 7  # two a block and the last
-    assert rest["weight_decay"] == scales["weight_decay"] == 16 * biases["weight_decay"]
-    train_jempp.train_step(args, setup, None)
-    assert [g["lr"] for g in (rest, scales, biases)] == [0.5, 0.5, 8]
-    assert [g["weight_decay"] for g in groups("--no-norm_decay")[2]] == [args.weight_decay, 0, 0]
-
-
 def test_a_checkpoint_is_kept_every_so_many_epochs(tmp_path, call):
     assert call(train_jempp.main, tiny(tmp_path, "--n_epochs", "4", "--keep_every", "2"))[0] == 0
     kept = sorted(p.name for p in tmp_path.glob("epoch_*.pt"))

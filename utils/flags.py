@@ -206,10 +206,6 @@ def add_train(p, typed_only=False):
     flag("--lr", type=STEP, default=None,
          help="learning rate (sgd 0.1, adam 0.0001)")
     flag("--weight_decay", type=WEIGHT, default=4e-4, help="L2, all weights")
-    flag("--norm_decay", action=FLAG, default=True,
-         help="weight decay on the scales and biases of batch norm too")
-    flag("--norm_bias_lr", type=STEP, default=1.0, metavar="k",
-         help="the biases of batch norm learn at k times the rate")
     flag("--schedule", choices=("steps", "cosine", "linear"), default="steps",
          help="the learning rate after the warm-up: in steps at --decay_epochs, or down to 0 at "
               "the end of --n_epochs (linear: a one-cycle schedule)")

@@ -109,24 +109,7 @@ def new_model(args, data):
 
 def new_optimizer(args, model):
     """SGD with momentum 0.9, or Adam."""
-    groups = parameter_groups(args, model)
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=args.nesterov,
+        return torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=args.nesterov,
                                weight_decay=args.weight_decay)
-    return torch.optim.Adam(groups, args.lr, weight_decay=args.weight_decay)
-
-
-def parameter_groups(args, model):
-    """All weights in one group, unless flags treat the norms' scales and biases apart.
-
-    ``factor`` multiplies the learning rate of a group. The decay of the biases is divided by it.
-    """
-    if args.norm_decay and args.norm_bias_lr == 1:
-        return list(model.parameters())
-    norms = [m for m in model.modules() if isinstance(m, NORMS) and m.weight is not None]
-    scales, biases = [m.weight for m in norms], [m.bias for m in norms]
-    apart = {id(p) for p in scales + biases}
-    decay, factor = args.weight_decay * args.norm_decay, args.norm_bias_lr
-    return [{"params": [p for p in model.parameters() if id(p) not in apart]},
-            {"params": scales, "weight_decay": decay},
-            {"params": biases, "weight_decay": decay / factor, "factor": factor}]
+    return torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
