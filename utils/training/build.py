@@ -17,7 +17,6 @@ from utils.program import InputError
 from utils.seeding import generator
 
 # batch and instance norm, group and layer norm
-NORMS = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm)
 
 
 class Setup(NamedTuple):
