@@ -16,8 +16,6 @@ from utils.machine import check_memory, compiled
 from utils.program import InputError
 from utils.seeding import generator
 
-# batch and instance norm, group and layer norm
-
 
 class Setup(NamedTuple):
     """What a run works with. Training changes ``state`` and only reads the rest."""
