@@ -45,11 +45,11 @@ def test_train_cpu_trains_a_hybrid_its_twin_and_the_papers_objective(monkeypatch
     found = {}
     for model in ("hybrid", "twin", "paper"):
         monkeypatch.setenv("MODEL", model)
-        done = shell("bash", "scripts/train_cpu.sh", "--n_epochs", "3", "--dry_run")
+        done = shell("bash", "scripts/train_cpu.sh", "--n_epochs", "33", "--dry_run")
         assert done.returncode == 0, done.stderr
         found[model] = json.loads(done.stdout)
     assert {(a["depth"], a["width"], a["stem_stride"], a["n_epochs"], a["labelled_batch"])
-            for a in found.values()} == {(16, 4, 2, 3, 128)}
+            for a in found.values()} == {(16, 4, 2, 33, 128)}
     assert {m: a["p_x_weight"] for m, a in found.items()} == {"hybrid": 0.3, "twin": 0, "paper": 1}
     assert len({a["run_dir"] for a in found.values()}) == 3
     monkeypatch.setenv("MODEL", "other")

@@ -394,6 +394,13 @@ def test_recalibrated_numbers_stand_beside_those_of_the_checkpoint_not_in_their_
     assert rows["`JEM++ (M=10)`"][:3] == ["80.00†", "9.00†", "84.00†"] and "JEM (K" not in text
 
 
+def test_a_table_of_several_networks_names_them_all(tables):
+    found = [record("accuracy", 0.6, "a", **SMALL), record("accuracy", 0.7, "b", **SMALL | {
+        "width": 2})]
+    code, out, err = tables({"probes": found})
+    assert code == 0 and "cifar10: WRN-10-1 and WRN-10-2, 3 epochs" in out, err
+
+
 # --------------------------------------------------- records that tell all arguments of a run
 
 def whole(metric, value, method="JEM++ (M=10)", *, flags=(), **more):

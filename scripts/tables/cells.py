@@ -215,8 +215,9 @@ def training_words(s, used, whole):
     of_all = f" of {listed(missing)}" if missing and whole else ""
     epochs, batches, seeds = (listed([r["training"][name] for r in used])
                               for name in ("n_epochs", "batch_size", "seed"))
-    return [s.get("network", f"WRN-{s['depth']}-{s['width']}"),
-            f"{epochs} epoch{'s' * (epochs != '1')} of {images} images"
+    trained = [r["training"] for r in used]
+    networks = dict.fromkeys(t.get("network", f"WRN-{t['depth']}-{t['width']}") for t in trained)
+    return [" and ".join(networks), f"{epochs} epoch{'s' * (epochs != '1')} of {images} images"
             + f" ({steps}{of_all} steps)" * bool(steps), f"batch {batches}",
             f"seed{'s' * ('–' in seeds or ',' in seeds)} {seeds}"]
 
