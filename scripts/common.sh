@@ -32,8 +32,9 @@ case $SCALE in
            SVHN=$DATA/svhn-test-10000  # the first test digits as images, where SVHN is not there
            [ ! -d "$SVHN" ] || EVAL+=(--ood "svhn=folder:$SVHN" interp cifar100 celeba) ;;
     tiny)  LABELLED=32
-           SIZE=(--dataset digits --depth 10 --width 1 --batch_size 16 --n_train 48 --n_epochs 1
-                 --warmup_iters 2 --decay_epochs --print_every 1 --buffer_size 60)
+           SIZE=(--dataset digits --depth 10 --width 1 --stride_first --stem_stride 2
+                 --batch_size 16 --n_train 48 --n_epochs 1 --warmup_iters 2 --decay_epochs
+                 --print_every 1 --buffer_size 60)
            EVAL+=(--attack_restarts 1 --attack_steps 2 --n_attack 20 --chain_steps 10
                  --chain_batch 20 --n_images 100 --is_splits 2 --kid_subset_size 20 --eps_linf 8 --eps_l2 0.5
                  --ood interp uniform) ;;

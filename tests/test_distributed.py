@@ -237,10 +237,10 @@ def test_divergence_is_decided_together(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_learn_as_well_as_one(tmp_path, call):
-    flags = ["--dataset", "digits", "--depth", "10", "--width", "1", "--n_steps", "3",
-             "--buffer_size", "400", "--warmup_iters", "30", "--n_epochs", "16", "--decay_epochs",
-             "12", "--global_batch_size", "64", "--num_threads", "1", "--device", "cpu",
-             "--bn_momentum", "0.5"]
+    flags = ["--dataset", "digits", "--depth", "10", "--width", "1", "--stride_first",
+             "--stem_stride", "2", "--n_steps", "3", "--buffer_size", "400", "--warmup_iters", "30",
+             "--n_epochs", "16", "--decay_epochs", "12", "--global_batch_size", "64",
+             "--num_threads", "1", "--device", "cpu", "--bn_momentum", "0.5"]
     code, _, err = call(train_jempp.main, [*flags, "--run_dir", tmp_path / "one"])
     assert code == 0, err
     code, output = finished(torchrun(2, "train_jempp.py", *flags, "--run_dir", tmp_path / "two"),

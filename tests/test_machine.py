@@ -12,13 +12,14 @@ from models import JEM, frozen
 from utils import cli, machine
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def wide_vectors(monkeypatch):
     """A CPU on which --fast compiles and leaves bfloat16 off, wherever the tests run."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
 
 
+@pytest.mark.usefixtures("wide_vectors")
 def test_fast_compiles_only_where_that_pays(monkeypatch):
     words = ["--device", "cpu", "--fast"]
     assert cli.train_args(words).compile == "default"
@@ -27,6 +28,7 @@ def test_fast_compiles_only_where_that_pays(monkeypatch):
     assert cli.train_args([*words, "--compile", "default"]).compile == "default"
 
 
+@pytest.mark.usefixtures("wide_vectors")
 @pytest.mark.parametrize("kind", ("cpu", "cuda"))
 def test_fast_turns_on_what_pays_and_what_is_typed_wins(kind):
     plain = vars(cli.train_args(["--device", kind]))
@@ -37,6 +39,7 @@ def test_fast_turns_on_what_pays_and_what_is_typed_wins(kind):
     assert typed.compile == "off"
 
 
+@pytest.mark.usefixtures("wide_vectors")
 def test_a_missing_compiler_is_one_line(tmp_path, call, monkeypatch):
     def no_compiler(*args, **kwargs):
         raise RuntimeError("Failed to find C++ compiler. Please specify via CXX.\nand so on")

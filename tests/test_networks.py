@@ -19,7 +19,7 @@ from utils.files import checkpoint
 from utils.files.records import read_jsonl
 
 SIZE = TINY.index("--depth")
-SMALL = TINY[:SIZE] + TINY[SIZE + 4:]  # without --depth and --width
+SMALL = TINY[:SIZE] + TINY[SIZE + 7:]  # without the flags of a Wide-ResNet
 CPU = ["--no-download", "--device", "cpu", "--num_threads", "1"]
 
 

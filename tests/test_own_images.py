@@ -315,7 +315,7 @@ def test_a_folder_that_is_no_data_set_is_one_line(tmp_path, build, words):
 def test_images_beyond_memory_and_too_few_are_one_line(tmp_path, monkeypatch, call):
     fill(tmp_path / "set", n=5)
     argv = tiny(tmp_path / "run", "--dataset", f"folder:{tmp_path / 'set'}", "--data_root",
-                tmp_path, "--n_valid", "0")
+                tmp_path, "--n_valid", "0", "--n_train", "8")
     code, _, err = call(train_jempp.main, argv)
     assert code == 2 and "a batch of 16 is larger than the 8 training images" in err
     monkeypatch.setattr(image_folder, "memory", lambda: 10_000)
@@ -377,7 +377,8 @@ def test_train_resume_and_evaluate_on_a_folder(tmp_path, call):
 def test_class_names_stand_in_pictures(tmp_path, call, monkeypatch):
     fill(tmp_path / "set", n=20)
     argv = tiny(tmp_path / "run", "--dataset", f"folder:{tmp_path / 'set'}", "--data_root",
-                tmp_path, "--image_size", "16", "--n_valid", "0", "--max_steps", "1")
+                tmp_path, "--image_size", "16", "--n_valid", "0", "--n_train", "32",
+                "--max_steps", "1")
     assert call(train_jempp.main, argv)[0] == 0
     drawn, image_rows = [], eval_jempp.plots.image_rows
     monkeypatch.setattr(eval_jempp.plots, "image_rows", lambda rows, names, *more: (

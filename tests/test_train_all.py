@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from helpers import tiny
+from helpers import RELEASED, tiny
 
 import train_jempp
 from scripts import train_all
@@ -63,7 +63,7 @@ def test_no_run_begins_when_the_time_is_over(runs):
 
 
 def test_a_line_tells_how_long_a_run_takes_from_those_beside_it(tmp_path, call):
-    words = tiny(tmp_path / "a", "--n_epochs", "4")
+    words = tiny(tmp_path / "a", *RELEASED, "--n_epochs", "4")
     assert "known after the first run" in train_all.about(str(tmp_path / "a"), words)
     assert call(train_jempp.main, words)[0] == 0
     log = read_jsonl(tmp_path / "a" / "train.jsonl")
@@ -72,7 +72,7 @@ def test_a_line_tells_how_long_a_run_takes_from_those_beside_it(tmp_path, call):
             r["images_per_s"] = log[0]["args"]["labelled_batch"] / 600  # ten minutes a step
     write_jsonl(tmp_path / "a" / "train.jsonl", log)
     steps = log[-1]["step"]
-    again = train_all.about(str(tmp_path / "b"), tiny(tmp_path / "b", "--n_epochs", "4"))
+    again = train_all.about(str(tmp_path / "b"), tiny(tmp_path / "b", *RELEASED, "--n_epochs", "4"))
     assert f"about {10 * steps} minutes" in again
     assert "about 0 minutes" in train_all.about(str(tmp_path / "a"), words)
     softmax = train_all.about(str(tmp_path / "b"), [*words, "--p_x_weight", "0"])

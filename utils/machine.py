@@ -3,6 +3,8 @@
 import ctypes
 import logging
 import os
+import sys
+from contextlib import nullcontext
 
 import torch
 
@@ -185,4 +187,6 @@ def compiled(model, mode):
 
 def eager():
     """A context in which compiled networks run uncompiled, for batches of other shapes."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and its import takes seconds
+        return nullcontext()
     return torch.compiler.set_stance("force_eager")
