@@ -171,8 +171,9 @@ def measure(name, entry, results):
     """Run one evaluation of one checkpoint. Yields each number after recording it."""
     started, subject = time.monotonic(), entry.subject
     stem = re.sub(r"[^\w.+=-]+", "_", subject.label)
-    apart = "".join(f"-{k}{entry.settings[k]}" for k in ("seed", "sigma", "recalibrate_bn")
-                    if entry.settings[k])
+    settings = entry.settings | {"recalibrate_bn": subject.recalibrate_bn}
+    apart = "".join(f"-{k}{settings[k]}" for k in ("seed", "sigma", "recalibrate_bn")
+                    if settings[k])
     out = Output(results.parent, f"{stem}-{subject.opened.sha256[:8]}{apart}")
     evaluate = EVALUATIONS[name]
     for number in evaluate(subject, out, **named_by(evaluate, entry.settings)):

@@ -78,7 +78,7 @@ class WideResNet(nn.Module):
         self.config = {"depth": depth, "width": width, "n_classes": n_classes, "norm": norm,
                        "bn_momentum": bn_momentum, "stride_first": stride_first,
                        "stem_stride": stem_stride}
-        # 4x4 for stride 2: each pixel lies under equally many kernels, so ∇E has no chessboard
+        # 4x4 for stride 2, so that each pixel lies under equally many kernels
         self.stem = nn.Conv2d(3, STEM_WIDTH, 2 + stem_stride, stem_stride, padding=1)
         trunk, in_channels = OrderedDict(), STEM_WIDTH
         for number, stride in ((1, 1), (2, 2), (3, 2)):

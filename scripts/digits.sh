@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The rows of Tables 2 and 5 on digits: a miniature of the paper's whole schedule, with three seeds.
 # Measures accuracy, calibration, the last energy gap, divergences, rollbacks, and fd_features in the
-# softmax network. A row and seed takes 2 to 20 minutes on one CPU core. Records:
+# softmax network. A row and seed takes 2 to 20 minutes on one CPU core (an estimate). Records:
 # results/digits/rows.jsonl.
 SCALE=digits SEEDS=${SEEDS:-1 2 3}
 source "$(dirname "$0")/common.sh"

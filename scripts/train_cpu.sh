@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # A JEM of CIFAR-10 from CPU cores in a night or two, with its softmax twin: WRN-16-4 with a stem of
-# stride 2, 40 epochs, each run on one core. MODEL says which:
-#   hybrid  (default) M = 5, log p(x) in the last 24 epochs with weight 0.3, 2 PFLOP: about 10 hours
-#   twin    the same network as a classifier alone, 1.1 PFLOP: about 5 hours
-#   paper   the paper's own objective: log p(x) from the start with weight 1
+# stride 2, 40 epochs, each run on one core. MODEL says which (hours: estimates at 50 GFLOP/s a core):
+#   hybrid  (default) M = 5, log p(x) in the last 24 epochs with weight 0.3, 1.9 PFLOP: 11 hours
+#   twin    the same network as a classifier alone, 1.1 PFLOP: 6 hours
+#   paper   the paper's own objective: log p(x) from the start with weight 1, 2.5 PFLOP: 14 hours
 # DATA: folder of the data sets (downloaded there if missing). RUN: output folder. Flags are passed to
 # train_jempp.py. The same command goes on, so --max_minutes 150 makes sittings of it.
 set -euo pipefail

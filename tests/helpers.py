@@ -13,11 +13,12 @@ from utils.training.build import build
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURE = ROOT / "tests" / "fixture"  # files and numbers of the released classes: its README.txt
 
-# WRN-10-1 with a stem of stride 2 on 16x16 digits, 3 steps an epoch: about a second
-TINY = ["--dataset", "digits", "--depth", "10", "--width", "1", "--stride_first", "--stem_stride",
-        "2", "--n_train", "48", "--n_valid", "40", "--batch_size", "16", "--n_steps", "2",
-        "--buffer_size", "40", "--reinit_freq", "0.3", "--warmup_iters", "2", "--print_every", "1",
-        "--num_threads", "1", "--device", "cpu"]
+# digits of 16x16, 3 steps an epoch, for any network ...
+ANY_NETWORK = ["--dataset", "digits", "--n_train", "48", "--n_valid", "40", "--batch_size", "16",
+               "--n_steps", "2", "--buffer_size", "40", "--reinit_freq", "0.3", "--warmup_iters",
+               "2", "--print_every", "1", "--num_threads", "1", "--device", "cpu"]
+# ... and for WRN-10-1 with a stem of stride 2: about a second
+TINY = ["--depth", "10", "--width", "1", "--stride_first", "--stem_stride", "2", *ANY_NETWORK]
 RELEASED = ["--no-stride_first", "--stem_stride", "1"]  # WRN-10-1 as in a released file
 
 

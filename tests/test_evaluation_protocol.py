@@ -123,6 +123,15 @@ def test_statistics_measured_anew_are_those_of_training_and_stand_apart(run, tmp
     assert found[0]["files"] != found[3]["files"]
 
 
+def test_a_network_without_batch_norm_is_not_said_to_be_recalibrated(tmp_path, evaluate):
+    argv = [*TINY, "--run_dir", tmp_path / "run", "--norm", "none", "--max_steps", "1"]
+    assert train_jempp.main([str(word) for word in argv]) == 0
+    found, _ = evaluate([tmp_path / "run" / "last.pt"], "--eval", "accuracy", "--splits", "test",
+                        "--recalibrate_bn", "40")
+    assert all("recalibrate_bn" not in r["protocol"] for r in found)
+    assert "recalibrate" not in found[0]["files"][0]
+
+
 class Judge(torch.nn.Module):
     """In Inception's place: features and probabilities that are functions of the images."""
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import TINY
+from helpers import ANY_NETWORK
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,8 +18,6 @@ from utils import cli
 from utils.files import checkpoint
 from utils.files.records import read_jsonl
 
-SIZE = TINY.index("--depth")
-SMALL = TINY[:SIZE] + TINY[SIZE + 7:]  # without the flags of a Wide-ResNet
 CPU = ["--no-download", "--device", "cpu", "--num_threads", "1"]
 
 
@@ -48,11 +46,11 @@ def table(monkeypatch):
 
 def test_a_new_network_trains_resumes_and_is_evaluated(tmp_path, call, table):
     run = tmp_path / "run"
-    words = [*SMALL, "--network", "toy", "--width", "6", "--run_dir", run]
+    words = [*ANY_NETWORK, "--network", "toy", "--width", "6", "--run_dir", run]
     for n_epochs in (1, 2):
         code, out, err = call(train_jempp.main, [*words, "--n_epochs", n_epochs])
         assert code == 0 and ("continuing" in out) == (n_epochs == 2), err
-    code, _, err = call(train_jempp.main, [*SMALL, "--network", "toy", "--run_dir", run])
+    code, _, err = call(train_jempp.main, [*ANY_NETWORK, "--network", "toy", "--run_dir", run])
     assert code == 2 and "--width 6 there, 4 here" in err
     content = checkpoint.load(run / "best.pt")
     assert content["config"] == {"network": "toy", "n_classes": 10, "width": 6}

@@ -150,8 +150,7 @@ def training_curves(logs, title):
                                 figsize=(3.5 * columns, 0.5 + 2.4 * rows))
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
-    # a grid may have more axes than panels
-    for axis, (name, names) in zip(axes.flat, panels.items(), strict=False):
+    for axis, (name, names) in zip(axes.flat[:len(panels)], panels.items(), strict=True):
         draw_logs(axis, logs, names)
         axis.set_title(name, fontsize=9)
         if name == "gradient norm":

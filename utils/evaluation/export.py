@@ -26,7 +26,7 @@ def export(subject, out):
     in whole batches of --chain_batch. So a second call only makes missing or partial images, and a
     larger --n_samples continues from them. The folder belongs to one checkpoint and its settings.
     """
-    if subject.source not in ("buffer", "scratch"):
+    if subject.source not in ("buffer", "scratch"):  # p0 and real images serve --eval fid
         raise InputError(f"--eval export is for generated images, not --source {subject.source}")
     n, scratch = subject.n_generated(), subject.source == "scratch"
     folder = out.folder / f"{out.stem}_images"
@@ -48,7 +48,8 @@ def export(subject, out):
 
     def write(b):
         part, images = batches[b], images_of(b)
-        for i, image in zip(part.tolist(), images, strict=False):  # the last part may be shorter
+        # the last part is shorter than a batch of chains
+        for i, image in zip(part.tolist(), images[:len(part)], strict=True):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(png(folder, i))
         return len(part)
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import frozen
 from samplers import make_init, make_sampler, sampler_name, to_pixels
@@ -20,7 +21,7 @@ from utils.evaluation import ood
 from utils.evaluation.inference import predict, recalibrated
 from utils.files.checkpoint import Opened
 from utils.files.records import replacing
-from utils.program import InputError, Unavailable
+from utils.program import InputError, Unavailable, say
 from utils.seeding import generator, seed_step
 
 MADE = ("buffer", "scratch", "p0")  # sources of images that a model makes ...
@@ -118,6 +119,9 @@ class Subject:
 
     def __post_init__(self):
         self.model = self.opened.model.to(self.device).eval()
+        if self.recalibrate_bn and not any(isinstance(m, _BatchNorm) for m in self.model.modules()):
+            say(f"{self.label} has no batch norm: --recalibrate_bn is left out")
+            self.recalibrate_bn = 0
         if self.recalibrate_bn:
             x = self.images("train", self.recalibrate_bn).x
             self.model = recalibrated(self.model, map(to_pixels, x.split(self.batch_size)))
@@ -199,8 +203,7 @@ class Subject:
             return None
         n_classes = self.model.config["n_classes"]
         numbers = {str(k): k for k in range(n_classes)}
-        # strict=False: a foreign checkpoint may have more classes than names
-        known = numbers | dict(zip(self.class_names[:n_classes], range(n_classes), strict=False))
+        known = numbers | {name: k for k, name in enumerate(self.class_names[:n_classes])}
         if unknown := [word for word in self.y or [] if word not in known]:
             raise InputError(f"--y {unknown[0]}: the classes of {self.label} are "
                              f"{', '.join(map(str, self.class_names[:n_classes]))}")
@@ -285,7 +288,7 @@ class Subject:
             streams = seed_step(self.seed, 0, "evaluation", self.device)
             x = self.p0.sample(n, None, host=streams.host, generator=streams.device)
             return plots.to_uint8(x).cpu(), {"source": "p0", "init": self.init}
-        if self.source not in ("buffer", "scratch"):
+        if self.source not in MADE:
             x, about = self.real
             return x[:n], {"source": ood.name_and_source(self.source)[0], **about}
         if self.source == "buffer":
