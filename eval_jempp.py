@@ -165,8 +165,6 @@ def unique(names):
     return result
 
 
-
-
 def measure(name, entry, results):
     """Run one evaluation of one checkpoint. Yields each number after recording it."""
     started, subject = time.monotonic(), entry.subject

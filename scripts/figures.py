@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-from models import network_name  # noqa: E402
+from models import NETWORKS, network_name, network_words  # noqa: E402
 from samplers import ClassGaussians  # noqa: E402
 from scripts.operations import run_pflop  # noqa: E402
 from scripts.tables import sources  # noqa: E402
@@ -197,10 +197,19 @@ def our_costs():
             trained = r["training"] or {}
             if r["dataset"] == "cifar10" and r["protocol"]["split"] == "test" and (
                     "labelled_batch" in trained):
-                config = {"depth": trained["depth"], "width": trained["width"]}
                 name = path.parent.name + ("" if path.stem == "records" else f", {path.stem}")
+                config = network_of(trained)
                 yield name, run_pflop(trained, config, trained["n_train"] or 45000,
                                       trained["step"]), r["value"]
+
+
+def network_of(trained):
+    """The config of the network that a record's ``trained`` arguments describe.
+
+    A record has its network's display name, which for all but Wide-ResNets is that of NETWORKS.
+    """
+    name = trained["network"] if trained.get("network") in NETWORKS else "wrn"
+    return {"network": name} | {k: trained[k] for k in network_words(name) if k in trained}
 
 
 def measured(path, metrics):

@@ -6,9 +6,9 @@
     python scripts/publish.py card results/models/NAME
 
 ``model`` writes NAME/model.safetensors, NAME/config.json and NAME/run.json. model.safetensors holds
-the weights of best.pt (float32) and --n_buffer images of its replay buffer as uint8. config.json
-holds what evaluation needs. run.json describes the run. ``card`` writes NAME/README.md from
-run.json, NAME/*.jsonl and the pictures beside them.
+the weights of best.pt (--half: rounded to float16) and --n_buffer images of its replay buffer as
+uint8. config.json holds what evaluation needs. run.json describes the run. ``card`` writes
+NAME/README.md from run.json, NAME/*.jsonl and the pictures beside them.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from utils.files.torch_files import read  # noqa: E402
 PERCENT = {"accuracy", "ece", "ece_adaptive", "robust_accuracy"}
 
 
-def publish(run_dir, out, n_buffer):
+def publish(run_dir, out, n_buffer, half=False):
     """Write RUN/best.pt without what only training needs. Returns the folder ``out``."""
     content = checkpoint.check(read(run_dir / "best.pt"), run_dir / "best.pt")
     log = records.read_jsonl(run_dir / "train.jsonl")
@@ -40,6 +40,9 @@ def publish(run_dir, out, n_buffer):
     if content["buffer"] is not None:
         every = max(1, len(content["buffer"]) // n_buffer)
         content["buffer"] = plots.to_uint8(content["buffer"][::every][:n_buffer].clone())
+    if half:
+        content["model"] = {k: v.half() if v.is_floating_point() else v
+                            for k, v in content["model"].items()}
     content.pop("ages", None)  # of the whole buffer; nobody goes on with these chains
     for name in ("run_dir", "data_root"):  # of this machine
         content["args"].pop(name, None)
@@ -105,7 +108,7 @@ def card(out):
                 f"`{k}`: `{v}`." for k, v in config.get("formerly", {}).items()]
     env, flags = run["env"], run["flags"]
     shown = out.name if out.is_absolute() else out.as_posix()  # no path of this machine
-    kind, buffer = "softmax network", ""
+    kind, buffer, precision = "softmax network", "", weights_precision(out)
     cost = f"{run['pflop']:.3g}·10¹⁵ operations, " if "pflop" in run else ""
     if flags.get("p_x_weight", 1) or flags.get("p_x_y_weight", 0):
         kind, buffer = "JEM++", " and images of the replay buffer as uint8"
@@ -117,7 +120,7 @@ def card(out):
         f"{run['threads'] or 'all'} thread(s)) with torch "
         f"{env['torch']} at commit {env['commit'][:8]}. Rollbacks: {run['rollbacks']}.", "",
         "All numbers on this page are †: the network is far smaller and the run far shorter than "
-        f"the paper's. `{published.TENSORS}` holds float32 weights{buffer}. Its SHA-256 is "
+        f"the paper's. `{published.TENSORS}` holds {precision} weights{buffer}. Its SHA-256 is "
         f"`{weights}`.", *formerly, "",
         "```bash", command(run), "",
         *(f"python eval_jempp.py --load_path {shown} {words}" for words in measuring(out)),
@@ -128,6 +131,12 @@ def card(out):
         lines.append((out / "limits.md").read_text())
     with records.replacing(out / "README.md", "w") as file:
         file.write("\n".join(lines).rstrip() + "\n")
+
+
+def weights_precision(out):
+    """The dtype of the published weights, float32 or float16."""
+    weights = published.read(out)[0]["model"].values()
+    return str(next(v.dtype for v in weights if v.is_floating_point())).removeprefix("torch.")
 
 
 def measuring(out):
@@ -189,11 +198,13 @@ def main(argv=None):
     p.add_argument("what", choices=("model", "card"))
     p.add_argument("paths", nargs="+", type=program.path, metavar="RUN OUT | OUT")
     p.add_argument("--n_buffer", type=flags.POSITIVE, default=300, help="buffer images to publish")
+    p.add_argument("--half", action="store_true", help="publish float16 weights, half the size")
     args = p.parse_args(argv)
     if len(args.paths) != {"model": 2, "card": 1}[args.what]:
         raise program.InputError("type `model RUN OUT` or `card OUT`")
     if args.what == "model":
-        program.say(f"wrote {publish(*map(Path, args.paths), args.n_buffer)}")
+        out = publish(*map(Path, args.paths), args.n_buffer, args.half)
+        program.say(f"wrote {out}")
     else:
         out = Path(args.paths[0])
         card(out)

@@ -59,6 +59,19 @@ def test_a_run_is_published_and_evaluates_as_before(tmp_path, call):
         "--n_epochs", "1", "--amp", "bf16", "--decay_epochs", "5", "7"]))
     different = {k for k in args if args[k] != now[k]}
     assert different <= {"num_threads", "device", "run_dir"}
+    check_half(run, tmp_path / "half", weights, call)
+
+
+def check_half(run, out, weights, call):
+    """--half publishes the same weights rounded, in half the bytes, and its card says so."""
+    assert call(publish.main, ["model", run, out, "--n_buffer", "1", "--half"])[0] == 0
+    assert call(publish.main, ["card", out])[0] == 0
+    assert "holds float16 weights" in (out / "README.md").read_text()
+    rounded = checkpoint.open_any(out).model.state_dict()
+    assert all(torch.equal(rounded[k], v.half().to(v.dtype) if v.is_floating_point() else v)
+               for k, v in weights.items())
+    n_bytes = sum(v.numel() * v.element_size() for v in weights.values())
+    assert (out / "model.safetensors").stat().st_size < 0.6 * n_bytes
 
 
 def test_publishing_what_is_not_there_is_one_line(tmp_path, call):

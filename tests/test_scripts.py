@@ -43,15 +43,17 @@ def test_train_cifar10_is_the_papers_run_and_passes_words_on():
 
 def test_train_cpu_trains_a_hybrid_its_twin_and_the_papers_objective(monkeypatch):
     found = {}
-    for model in ("hybrid", "twin", "paper"):
+    for model in ("hybrid", "twin", "paper", "judge"):
         monkeypatch.setenv("MODEL", model)
         done = shell("bash", "scripts/train_cpu.sh", "--n_epochs", "33", "--dry_run")
         assert done.returncode == 0, done.stderr
         found[model] = json.loads(done.stdout)
+    judge = found.pop("judge")
+    assert (judge["p_x_weight"], judge["width"], judge["stem_stride"]) == (0, 2, 1)
     assert {(a["depth"], a["width"], a["stem_stride"], a["n_epochs"], a["labelled_batch"])
             for a in found.values()} == {(16, 4, 2, 33, 128)}
     assert {m: a["p_x_weight"] for m, a in found.items()} == {"hybrid": 0.3, "twin": 0, "paper": 1}
-    assert len({a["run_dir"] for a in found.values()}) == 3
+    assert len({a["run_dir"] for a in [judge, *found.values()]}) == 4
     monkeypatch.setenv("MODEL", "other")
     assert shell("bash", "scripts/train_cpu.sh").returncode == 2
 
@@ -111,24 +113,27 @@ def test_reproduce_runs_every_script_of_a_table_or_figure():
 
 @pytest.mark.slow
 def test_every_table_and_figure_is_made_at_tiny_scale_by_one_command(tmp_path):
-    """The second call has nothing left to do."""
+    """A script that runs once more has nothing left to do."""
     env = {**os.environ, "SCALE": "tiny", "DATASETS": "cifar100",  # one is enough
            "RUNS": str(tmp_path / "runs"), "DATA": str(tmp_path / "data"), "OMP_NUM_THREADS": "1",
            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    out, before = tmp_path / "runs" / "results", {}
-    for again in (False, True):
-        done = subprocess.run(["bash", "scripts/reproduce.sh"], cwd=ROOT, env=env, text=True,
+    out = tmp_path / "runs" / "results"
+
+    def run(name):
+        done = subprocess.run(["bash", f"scripts/{name}.sh"], cwd=ROOT, env=env, text=True,
                               capture_output=True)
         assert done.returncode == 0, f"{done.stdout[-1500:]}{done.stderr[-1500:]}"
-        trained = re.findall(r"^(\S+): finished \(code 0", done.stdout, re.M)
-        assert len(trained) == len(set(trained)) == (0 if again else 18)
-        lines = {p.name: len(p.read_text().splitlines()) for p in out.glob("*.jsonl")
-                 if p.name != "table4.jsonl"}  # is timed anew
-        assert lines == before or not again
-        before = lines
+        return done.stdout, {p.name: len(p.read_text().splitlines()) for p in out.glob("*.jsonl")}
+
+    said, lines = run("reproduce")
+    trained = re.findall(r"^(\S+): finished \(code 0", said, re.M)
+    assert len(trained) == len(set(trained)) == 18
     assert set(lines) >= {"table2.jsonl", "table3.jsonl", "table5.jsonl",
                           "table7.jsonl", "fig6.jsonl", "fig9.jsonl", "ece.jsonl"}
-    assert len(list((out / "figures").glob("*.png"))) >= 5 and "†" in done.stdout
+    assert len(list((out / "figures").glob("*.png"))) >= 5 and "†" in said
+    for name in ("table5", "fig5", "fig6"):
+        said, after = run(name)
+        assert after == lines and "finished at step" not in said
 
 
 def test_readme_is_short_enough_to_be_read():
