@@ -287,7 +287,7 @@ def judge(args, setup, now, epoch, means, log):
     """Evaluate the network and keep it as epoch_NNNN.pt, as far as that is due ``now``."""
     network = judged(args, setup.state, setup.data)
     if now.evaluate:
-        evaluate(setup, network, epoch, means, log)
+        evaluate(args, setup, network, epoch, means, log)
     if now.keep:
         checkpoint.save(log.dir / f"epoch_{epoch:04d}.pt", setup.state, epoch, judged=network)
 
@@ -306,11 +306,14 @@ def judged(args, state, data):
     return model
 
 
-def evaluate(setup, network, epoch, means, log):
+def evaluate(args, setup, network, epoch, means, log):
     """Log the accuracies of ``network`` in eval mode, draw buffer and curves, update best.pt.
-    best.pt is chosen by validation accuracy. Without validation images it is the latest.
+
+    best.pt is chosen by validation accuracy. Without validation images it is the latest, and so it
+    is before log p(x) begins (--p_x_from): no classifier of the first stage competes with the JEM.
     """
     state = setup.state
+    begun = state.step > args.p_x_from * setup.data.steps_per_epoch
     scores = {"valid_accuracy": accuracy(network, setup.valid),
               "test_accuracy": accuracy(network, setup.test)}
     log.write("eval", state.step, epoch=epoch, **scores)
@@ -322,7 +325,7 @@ def evaluate(setup, network, epoch, means, log):
     if not state.is_finite(network):  # --recalibrate_bn can cause this
         say("best.pt is left as it is: the network's running statistics are not all finite")
     elif scores["valid_accuracy"] is None or scores["valid_accuracy"] > state.best:
-        state.best = scores["valid_accuracy"] or -1.0
+        state.best = (scores["valid_accuracy"] if begun else None) or -1.0
         checkpoint.save(log.dir / "best.pt", state, epoch, judged=network)
     parts = [f"{k} {100 * v:.2f} %" for k, v in scores.items() if v is not None]
     parts += [f"{k} {v:.3f}" for k, v in means.items() if k.startswith("e_")]
@@ -385,7 +388,8 @@ def run(args, run_dir, setup):
     reason, detail = train(args, setup, log, Stop(args.max_minutes))
     if reason in ("max_steps", "max_minutes") and not distributed.gather(
             (run_dir / "best.pt").exists())[0]:  # it ended before any evaluation
-        evaluate(setup, judged(args, state, data), state.step // data.steps_per_epoch, {}, log)
+        evaluate(args, setup, judged(args, state, data), state.step // data.steps_per_epoch, {},
+                 log)
     code = {"finished": program.EXIT_OK, "max_steps": program.EXIT_OK,
             "diverged": program.EXIT_DIVERGED}.get(reason, program.EXIT_STOPPED)
     log.close(state.step, reason=reason, detail=detail, exit_code=code,

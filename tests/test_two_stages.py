@@ -202,6 +202,16 @@ def test_a_rollback_knows_when_log_p_x_begins(tmp_path, call):
     assert last["step"] == 3 and not last["ages"].any()
 
 
+def test_the_best_network_is_chosen_among_those_that_know_log_p_x(tmp_path, call, monkeypatch):
+    falling = iter([0.9, 0.9, 0.3, 0.3, 0.2, 0.2])  # valid and test after each epoch
+    monkeypatch.setattr(train_jempp, "accuracy", lambda *_: next(falling))
+    code, _, err = call(train_jempp.main, tiny(tmp_path, "--n_epochs", "3", "--p_x_from", "1",
+                                               "--eval_every", "1"))
+    assert code == 0, err
+    best = checkpoint.load(tmp_path / "best.pt")
+    assert (best["epoch"], best["best"]) == (2, 0.3)
+
+
 def test_means_are_over_the_steps_that_have_the_term():
     rows = [{"loss": 1.0, "ce": 2.0}, {"loss": 3.0, "e_pos": 5.0, "ce": 4.0}, {"loss": 8.0}]
     assert means_of(rows) == {"loss": 4.0, "ce": 3.0, "e_pos": 5.0}
