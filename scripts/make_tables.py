@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.tables import sources  # noqa: E402
 from scripts.tables.cells import NOTHING, OURS_ALONE, PAPER_ALONE, cell_of, delta  # noqa: E402
-from scripts.tables.ours import compared, markdown_row, published  # noqa: E402
+from scripts.tables.ours import compared, distances, markdown_row, published  # noqa: E402
 from utils import flags, program  # noqa: E402
 from utils.files import records  # noqa: E402
 
@@ -39,6 +39,7 @@ TITLES = {
 }
 MODELS = "Models to load (results/models)"
 DIGITS = "The rows of Tables 2 and 5 on digits, three seeds"
+JUDGE = "A classifier as the judge of images"
 STATISTICS = "Batch norm's running statistics, as a run leaves them and measured anew"
 OURS = {
     "options": "Options past the paper, one at a time (JEM++, M = 5)",
@@ -181,6 +182,9 @@ def all_tables(folder):
                                  section(table, full_title, part, results, full_scale))
     if any(folder.glob("models/*/records.jsonl")):
         texts[MODELS] = published(MODELS, folder, numbers)
+    judged = sources.read_results(folder / "judge.jsonl", full_scale)
+    if judged:
+        texts[JUDGE] = distances(JUDGE, judged)
     for table, title in OURS.items():
         own = sources.read_results(folder / f"{table}.jsonl", full_scale)
         if own:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, tiny
 from torch import nn
 
+import train_jempp
 from utils import cli
 from utils.evaluation.evaluations import EVALUATIONS
 
@@ -134,6 +135,23 @@ def test_every_table_and_figure_is_made_at_tiny_scale_by_one_command(tmp_path):
     for name in ("table5", "fig5", "fig6"):
         said, after = run(name)
         assert after == lines and "finished at step" not in said
+
+
+@pytest.mark.slow
+def test_judge_adds_a_row_for_each_kind_of_image_once(tmp_path):
+    assert train_jempp.main(tiny(tmp_path / "mine", "--n_epochs", "1")) == 0
+    env = {**os.environ, "RUNS": str(tmp_path), "MODELS": "mine", "OUT": str(tmp_path / "out"),
+           "JUDGE": str(tmp_path / "mine/best.pt"), "DATA": str(tmp_path), "N": "20",
+           "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for _ in range(2):
+        done = subprocess.run(["bash", "scripts/judge.sh"], cwd=ROOT, env=env, text=True,
+                              capture_output=True)
+        assert done.returncode == 2 and "left out: CIFAR-100" in done.stderr  # no data there
+    found = [json.loads(line) for line in (tmp_path / "out/judge.jsonl").read_text().splitlines()]
+    assert [r["method"] for r in found] == [
+        "training images", "training images, against test", "test images",
+        "test images with noise 0.1", "class Gaussians", "buffer of mine"]
+    assert {r["metric"] for r in found} == {"fd_features"} and {r["n"] for r in found} == {20}
 
 
 def test_readme_is_short_enough_to_be_read():

@@ -209,6 +209,17 @@ def test_fd_features_is_a_column_of_its_own_and_never_fid(tables):
     assert "not FID" in text and "classifier 01234567" in text
 
 
+def test_judged_images_are_in_order_of_their_distance(tables):
+    protocol = {"reference": "train+test", "n_reference": 60000, "features_sha256": "0123456789"}
+    found = [record("fd_features", value, name, protocol=protocol, n=2000, time=time)
+             for name, value, time in (("buffer of a", 3.0, "2026-01-02"), ("test", 0.01, "2026"),
+                                       ("noise", 7.5, "2026"), ("buffer of a", 9.0, "2026-01-01"))]
+    text, rows = table_of(tables({"judge": found})[1], "A classifier as the judge")
+    assert list(rows)[2:] == ["test", "buffer of a", "noise"]
+    assert rows["buffer of a"] == ["3†", "2,000", "train+test, 60,000"]
+    assert "not FID" in text and "classifier 01234567;" in text
+
+
 def test_columns_are_told_apart_by_the_protocol(tables):
     def auroc(value, score, out, **origin):
         return record("auroc", value, n=20000, protocol={"score": score, "out": out, **origin,

@@ -22,6 +22,8 @@ PUBLISHED = {  # column: (metric, protocol to match, factor, the paper's number 
                                   ("table7", "auroc", LOG_P_X | {"out": "cifar100"})),
     "interp": ("auroc", LOG_P_X | {"out": "interp"}, 1,
                ("table7", "auroc", LOG_P_X | {"out": "interp"})),
+    "SVHN": ("auroc", LOG_P_X | {"out": "svhn"}, 1,
+             ("table7", "auroc", LOG_P_X | {"out": "svhn"})),
     "L∞ 2/255 %": ("robust_accuracy", MARGIN, 100, None),
     "L∞ 8/255 %": ("robust_accuracy", MARGIN | {"eps_255": 8.0}, 100, None),
 }
@@ -71,6 +73,19 @@ def mean(of_row, column, lost):
     x = [COMPARED[column][2] * value for seed, value in latest.items() if seed not in lost]
     spread = f" ± {statistics.stdev(x):.2f}" if len(x) > 1 else ""
     return f"{statistics.mean(x):.2f}{spread}†" if x else NOTHING
+
+
+def distances(title, own_records):
+    """A table of fd_features, the nearest images first: the latest record of each row."""
+    latest = {r["method"]: r for r in sources.by_time(own_records) if r["metric"] == "fd_features"}
+    lines = [f"### {title}", "", markdown_row(["images", "fd_features", "n", "against"]),
+             markdown_row(["---"] + ["---:"] * 3)]
+    for method, r in sorted(latest.items(), key=lambda pair: pair[1]["value"]):
+        against = f"{r['protocol']['reference']}, {r['protocol']['n_reference']:,}"
+        lines.append(markdown_row([method, f"{r['value']:.3g}†", f"{r['n']:,}", against]))
+    judges = ", ".join(dict.fromkeys(r["protocol"]["features_sha256"][:8] for r in latest.values()))
+    return "\n".join([*lines, "", f"† not FID: the Fréchet distance in the features of classifier "
+                      f"{judges}; `bash scripts/judge.sh`."])
 
 
 def published(title, folder, numbers):
