@@ -27,7 +27,7 @@ from models import network_name
 from samplers import sampler_name
 from utils import cli, distributed, machine, plots, program
 from utils.evaluation import ood
-from utils.evaluation.evaluations import EVALUATIONS, named_by
+from utils.evaluation.evaluations import EVALUATIONS, file_name, named_by
 from utils.evaluation.subject import SOURCES, Output, Subject, skip
 from utils.files import checkpoint, records
 from utils.own_images import is_own
@@ -169,16 +169,23 @@ def measure(name, entry, results):
     """Run one evaluation of one checkpoint. Yields each number after recording it."""
     started, subject = time.monotonic(), entry.subject
     stem = re.sub(r"[^\w.+=-]+", "_", subject.label)
-    settings = entry.settings | {"recalibrate_bn": subject.recalibrate_bn}
-    apart = "".join(f"-{k}{settings[k]}" for k in ("seed", "sigma", "recalibrate_bn")
-                    if settings[k])
-    out = Output(results.parent, f"{stem}-{subject.opened.sha256[:8]}{apart}")
+    out = Output(results.parent, f"{stem}-{subject.opened.sha256[:8]}{apart(entry)}")
     evaluate = EVALUATIONS[name]
     for number in evaluate(subject, out, **named_by(evaluate, entry.settings)):
         if subject.recalibrate_bn:
             number.protocol["recalibrate_bn"] = subject.recalibrate_bn
         report(number, entry, time.monotonic() - started, results)
         yield number
+
+
+def apart(entry):
+    """What tells the files of one checkpoint's measurements apart: settings that are not usual."""
+    settings = entry.settings | {"recalibrate_bn": entry.subject.recalibrate_bn}
+    words = [f"{k}{settings[k]}" for k in ("seed", "sigma", "recalibrate_bn", "n_images")
+             if settings[k]]
+    usual = {"source": "buffer", "reference": "train+test"}
+    words += [file_name(settings[k])[:60] for k, v in usual.items() if settings.get(k, v) != v]
+    return "".join("-" + re.sub(r"[^\w.+=-]+", "_", word) for word in words)
 
 
 def report(number, entry, seconds, results):

@@ -10,9 +10,11 @@
 #          it is a folder inside RUNS, so that a smoke run does not touch the real records.
 #   PLAN   if set, nothing is computed: the training commands that are left are printed, one a line
 #          with tabs between words, for train_all.py.
-# Command-line flags go to train_jempp.py. Finished runs and evaluations are skipped. Stopped ones
-# continue. Rollbacks and runs that diverge for good are recorded as such. If something cannot be
-# trained or measured, a line says so, the rest continues, and the final exit code is not 0.
+# Command-line flags go to train_jempp.py. Finished runs and evaluations are skipped, whatever the
+# flags: other flags need other RUNS and OUT. Stopped ones continue. Rollbacks and runs that diverge
+# for good are recorded as such. If a row cannot be trained or measured, a line says so, the rest
+# continues, and the final exit code is not 0. A measured row of which one number could not be had (a
+# line says so, too) counts as measured: delete RUNS/ROW/TABLE.measured to measure it again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -x .venv/bin/python ] && export PATH="$PWD/.venv/bin:$PATH"
@@ -107,8 +109,8 @@ measure() {
                 --eval accuracy calibration --recalibrate_bn "$RECALIBRATE" || return $?
         fi
     fi
-    touch "$done"
     cat "$file" >> "$OUT/$table.jsonl"
+    touch "$done"
 }
 
 # row TABLE METHOD RUN FLAGS... -- EVAL_FLAGS...: train and measure one row for every seed.

@@ -21,7 +21,7 @@ if [ -z "${PLAN:-}" ] && [ ! -e "$FILE.measured" ]; then
     python eval_jempp.py --load_path "$RUNS/$RUN-seed$SEED"/epoch_*.pt --eval accuracy "${FID[@]}" \
         --splits test --method "JEM++ (M=10)" --data_root "$DATA" --results "$FILE" \
         "${EVAL[@]}"
-    touch "$FILE.measured"
     cat "$FILE" >> "$OUT/fig6.jsonl"
+    touch "$FILE.measured"
 fi
 python scripts/figures.py evolution --records "$FILE" --out "$OUT/figures/fig6_$SCALE.png"

@@ -108,7 +108,7 @@ def draw_curve(axis, log, color, label):
 
 def points_of(label, run, log):
     """Yield the points of a run's curve: one record for each evaluation in its log."""
-    header = log[0]
+    header = records.header_of(log)
     for r in log:
         if r["kind"] == "eval":
             yield {

@@ -194,8 +194,7 @@ def all_tables(folder):
     if both:
         texts[STATISTICS] = compared(STATISTICS, [r for r in rows if (r["method"], r["dataset"])
                                                   in both], "reproduce")
-    digits = [r for path in sorted(folder.glob("digits/*.jsonl"))
-              for r in sources.read_results(path, full_scale)]
+    digits = sources.read_results(folder / "digits" / "rows.jsonl", full_scale)
     if digits:
         texts[DIGITS] = compared(DIGITS, digits, "digits")
     return texts

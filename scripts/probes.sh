@@ -4,16 +4,16 @@
 #   joint       log p(x), two epochs from the first softmax network: rate, weight, |B|, ramp, M, chains
 #   whole       WRN-16-2 with a stem of stride 2: log p(x) from the start, and in two stages
 #   statistics  the running statistics of batch norm, one epoch from that network (SEEDS="1 2 3")
-# WRN-10-1 takes 5 to 20 minutes a row on one CPU core. --depth 16 --width 2 repeats it larger.
+# WRN-10-1 takes 5 to 20 minutes a row on one CPU core. --depth 16 --width 2 repeats it larger (in other
+# RUNS and OUT).
 PARTS=${PARTS:-softmax joint whole statistics}
 source "$(dirname "$0")/common.sh"
 
 RATE=(--schedule linear --nesterov --weight_decay 0.0005 --alternating_flip)
-if [ "$SCALE" != tiny ]; then
-    SIZE=(--depth 10 --width 1 --num_threads 1 --print_every 50 --eval_every 10)
-    EVAL+=(--ood cifar100 "svhn=folder:$DATA/svhn-test-10000" --n_attack 300 --attack_restarts 2)
-    EVAL+=(--eps_linf 2 --eps_l2)
-fi
+if [ "$SCALE" != paper ]; then echo "probes.sh has a size of its own: leave SCALE out" >&2; exit 2; fi
+SIZE=(--depth 10 --width 1 --num_threads 1 --print_every 50 --eval_every 10)
+EVAL+=(--ood cifar100 "svhn=folder:$DATA/svhn-test-10000" --n_attack 300 --attack_restarts 2)
+EVAL+=(--eps_linf 2 --eps_l2)
 CLASS=("${SOFTMAX[@]}" --batch_size 128 --lr 0.1 --n_epochs 5 --warmup_iters 200 --recalibrate_bn 5000)
 JOINT=(--n_steps 5 --batch_size 32 --labelled_batch 128)
 STAGE=("${JOINT[@]}" --warmup_iters 50 --load_path "$RUNS/probe-softmax-seed1/last.pt")
@@ -27,8 +27,7 @@ ALL=(--eval accuracy calibration ood robustness --attacks margin)
 classifier() { row probes "softmax: $1" "probe-softmax$2" "${CLASS[@]}" "${RATE[@]}" "${@:3}" -- "${CAL[@]}"; }
 joint() { row probes "joint stage: $1" "probe-joint-$2" "${TWO[@]}" "${RATE[@]}" "${@:3}" -- "${ALL[@]}"; }
 whole() {  # on the network of SCALE=cpu
-    local SIZE=("${SIZE[@]}")
-    [ "$SCALE" = tiny ] || SIZE+=(--depth 16 --width 2 --stride_first --stem_stride 2)
+    local SIZE=("${SIZE[@]}" --depth 16 --width 2 --stride_first --stem_stride 2)
     row probes "whole run: $1" "probe-$2" "${WHOLE[@]}" "${RATE[@]}" "${@:3}" -- "${ALL[@]}"
 }
 stats() {  # measured as the run leaves them and measured anew

@@ -56,26 +56,25 @@ def publish(run_dir, out, n_buffer, half=False):
 
 
 def write_account(out, log, content):
-    """Write NAME/run.json: the run's flags, minutes, machine and epochs."""
-    header = log[0]
+    """Write NAME/run.json: the run's flags, cost, machine and epochs.
+
+    step and epoch are those of the weights, run_step and run_epoch the whole run's, as its cost is.
+    """
+    header = records.header_of(log)
     defaults = vars(checkpoint_defaults(header["args"]))
     machine = ("run_dir", "data_root", "download", "num_threads", "device")
     names = vars(cli.train_parser().parse_args([])).keys() - set(machine)
     typed = {k: v for k, v in (header["args"] | content["args"]).items() if k in names
              and (k == "dataset" or records.jsonable(defaults.get(k)) != v)}
     steps = [r for r in log if r["kind"] == "step"]
-    images = header["args"]["labelled_batch"]
-    seconds, last = 0.0, 0
-    for r in steps:
-        if r["images_per_s"]:
-            seconds += (r["step"] - last) * images / r["images_per_s"]
-        last = r["step"]
+    taken = log[-1]["step"]
     records.write_json(out / "run.json", {
-        "flags": typed, "minutes": round(seconds / 60, 1), "env": header["env"],
+        "flags": typed, "minutes": round(records.seconds_of(log) / 60, 1), "env": header["env"],
         "threads": header["args"]["num_threads"], "parameters": header["parameters"],
         "n_train": header["n_train"], "step": content["step"], "epoch": content["epoch"],
-        "rollbacks": log[-1].get("rollbacks"),
-        "pflop": run_pflop(header["args"], content["config"], header["n_train"], content["step"]),
+        "rollbacks": log[-1].get("rollbacks"), "run_step": taken,
+        "run_epoch": taken // header["steps_per_epoch"],
+        "pflop": run_pflop(header["args"], content["config"], header["n_train"], taken),
         "evaluations": [
             {k: r.get(k) for k in ("epoch", "valid_accuracy", "test_accuracy")}
             for r in log if r["kind"] == "eval"],
@@ -110,15 +109,17 @@ def card(out):
     shown = out.name if out.is_absolute() else out.as_posix()  # no path of this machine
     kind, buffer, precision = "softmax network", "", weights_precision(out)
     cost = f"{run['pflop']:.3g}·10¹⁵ operations, " if "pflop" in run else ""
+    step, epoch = (run.get(f"run_{name}", run[name]) for name in ("step", "epoch"))
+    best = f" The weights are those after epoch {run['epoch']}." if epoch != run["epoch"] else ""
     if flags.get("p_x_weight", 1) or flags.get("p_x_y_weight", 0):
         kind, buffer = "JEM++", " and images of the replay buffer as uint8"
     lines = [
         f"# {out.name}", "",
         f"A {kind} of {run['parameters']:,} parameters on {flags.get('dataset', 'cifar10')}, "
-        f"trained for {run['epoch']} epoch{'s' * (run['epoch'] != 1)} ({run['step']:,} steps, "
+        f"trained for {epoch} epoch{'s' * (epoch != 1)} ({step:,} steps, "
         f"{cost}{run['minutes']} minutes of training on {env['device']}, {env['cpu']}, "
         f"{run['threads'] or 'all'} thread(s)) with torch "
-        f"{env['torch']} at commit {env['commit'][:8]}. Rollbacks: {run['rollbacks']}.", "",
+        f"{env['torch']} at commit {env['commit'][:8]}. Rollbacks: {run['rollbacks']}.{best}", "",
         "All numbers on this page are †: the network is far smaller and the run far shorter than "
         f"the paper's. `{published.TENSORS}` holds {precision} weights{buffer}. Its SHA-256 is "
         f"`{weights}`.", *formerly, "",
@@ -158,7 +159,8 @@ def measuring(out):
         budgets = {norm: " ".join(f"{r['protocol'][key]:g}" for r in points
                                   if r["protocol"]["norm"] == norm and r["protocol"][key])
                    for norm, key in (("linf", "eps_255"), ("l2", "eps"))}
-        yield (f"--eval robustness --attacks {name}{restarts} --attack_steps {how['steps']} "
+        steps = f" --attack_steps {how['steps']}" if "steps" in how else ""
+        yield (f"--eval robustness --attacks {name}{restarts}{steps} "
                f"--eps_linf {budgets['linf']} --eps_l2 {budgets['l2']} "
                f"--n_attack {points[0]['n']}").replace("  ", " ")
 

@@ -26,7 +26,7 @@ def main(argv=None):
     if not log or log[-1].get("kind") != "end":
         raise program.InputError(f"{args.run_dir} holds no run that has ended (no train.jsonl with "
                                  "a closing line)")
-    header = log[0]
+    header = records.header_of(log)
     end, trained = log[-1], header["args"]
     common = {
         "method": args.method, "dataset": trained["dataset"], "seed": trained["seed"],

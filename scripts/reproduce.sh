@@ -7,9 +7,11 @@
 source "$(dirname "$0")/common.sh"
 export SCALE SEEDS DATA RUNS OUT
 
+TOGETHER=(--jobs "${JOBS:-1}" ${MINUTES:+--max_minutes "$MINUTES"})
+python scripts/train_all.py "${TOGETHER[@]}" </dev/null  # bad JOBS or MINUTES end it here
 TRAINED=(table2 table5 table7 fig5 fig6 fig9 fig10_11 table3 fig3_4_12 fig13_22)
 for name in "${TRAINED[@]}"; do PLAN=1 bash "scripts/$name.sh" "$@"; done |
-    python scripts/train_all.py --jobs "${JOBS:-1}" ${MINUTES:+--max_minutes "$MINUTES"} || left_out $? "a run"
+    python scripts/train_all.py "${TOGETHER[@]}" || left_out $? "a run"
 for name in table4_speed "${TRAINED[@]}" fig2_7_8; do
     bash "scripts/$name.sh" "$@" || left_out $? "a part of $name.sh"
 done

@@ -87,14 +87,11 @@ def cost(words, taken):
 def so_far(run):
     """(10^15 operations, seconds) of the steps of a run folder, and how many there are."""
     path = Path(run) / "train.jsonl"
-    header, *lines = records.read_jsonl(path) if path.exists() else [{}]
-    taken, seconds = 0, 0.0
-    for r in lines:
-        if r["kind"] == "step" and r.get("images_per_s") and r["step"] > taken:
-            seconds += (r["step"] - taken) * header["args"]["labelled_batch"] / r["images_per_s"]
-            taken = r["step"]
+    log = records.read_jsonl(path) if path.exists() else []
+    taken = max((r["step"] for r in log if r["kind"] == "step"), default=0)
     if not taken:
         return 0.0, 0.0, 0
+    header, seconds = records.header_of(log), records.seconds_of(log)
     args = SimpleNamespace(**vars(cli.train_args([])) | header["args"])  # an older run knows fewer
     return run_pflop(vars(args), config_of(args), header["n_train"], taken), seconds, taken
 
@@ -117,7 +114,7 @@ def about(run, words):
 def begin(run, words, stop, threads):
     """Start a run. Returns its process, whose output goes to RUN.log."""
     if not math.isinf(stop.end):
-        words = [*words, "--max_minutes", f"{stop.minutes():.2f}"]
+        words = [*words, "--max_minutes", f"{max(0.01, stop.minutes()):.2f}"]
     Path(run).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run}.log", "a") as log:
         return subprocess.Popen([sys.executable, str(ROOT / "train_jempp.py"), *words], stdout=log,

@@ -62,6 +62,14 @@ def test_fresh_chains_are_the_training_samplers(run):
     assert not torch.allclose(x, jem.sample(4, y=[0, 1, 2, 3], n_steps=3, seed=1), atol=1e-4)
 
 
+def test_fresh_chains_start_from_the_labelled_images_of_training(run):
+    jem = load_model(run / "best.pt")
+    every = jem.p0.means()
+    jem = load_model(run / "best.pt")
+    jem.settings.labels_per_class = 2
+    assert not torch.equal(jem.p0.means(), every)
+
+
 def test_chains_go_on_from_images_of_their_class(run):
     jem = load_model(run / "best.pt")
     jem.settings.pyld_lr = 1e-9

@@ -59,7 +59,7 @@ MEASURED = {
     "fig9": (on(["cifar10"], FIG9), {"robustness"}),
     "fig10_11": (on(["cifar10", "cifar100"], M5_M10 | {"Standard Softmax": SOFTMAX,
                                                        "JEM (K=20)": JEM_K20}), {"calibration"}),
-    "fig3_4_12": (on(["cifar10"], {"JEM++ (M=10)": {}}), {"samples"}),
+    "fig3_4_12": (on(["cifar10", "svhn", "cifar100"], {"JEM++ (M=10)": {}}), {"samples"}),
     "fig6": (on(["cifar10"], {"JEM++ (M=10)": {"keep_every": 10}}), {"accuracy", "fid"}),
     "fig13_22": (on(["cifar10"], {"JEM++ (M=10)": {}}), {"best_worst"}),
 }
@@ -92,7 +92,7 @@ def calls(tmp_path_factory):
     (folder / "bin").mkdir()
     (folder / "bin" / "python").write_text(STUB)
     (folder / "bin" / "python").chmod(0o755)
-    ours = ("SCALE", "SEEDS", "DATA", "RUNS", "OUT", "DATASET", "DATASETS", "KEEP")
+    ours = ("SCALE", "SEEDS", "DATA", "RUNS", "OUT", "DATASETS", "KEEP")
     env = {k: v for k, v in os.environ.items() if k not in ours}
     env |= {"PATH": f"{folder / 'bin'}:{env['PATH']}", "REAL_PYTHON": sys.executable}
 

@@ -16,7 +16,7 @@ from utils.data import Images, load
 from utils.evaluation.evaluations import EVALUATIONS
 from utils.evaluation.inference import accuracy
 from utils.files import checkpoint, published
-from utils.files.records import read_jsonl
+from utils.files.records import read_jsonl, write_jsonl
 from utils.program import InputError
 
 PUBLISHED = sorted((ROOT / "results" / "models").glob("*/model.safetensors"))
@@ -121,6 +121,20 @@ def test_a_published_file_is_the_one_its_card_names(path):
     config = json.loads((path.parent / "config.json").read_text())
     known = {digest, *config.get("formerly", {}).values()}  # of the same weights
     assert records and {r["checkpoint"]["sha256"] for r in records} <= known
+
+
+def test_a_card_shows_recalibrated_numbers_apart_and_knows_an_attack_without_steps(tmp_path):
+    def number(metric, value, **protocol):
+        return {"metric": metric, "value": value, "n": 10, "protocol": protocol}
+
+    write_jsonl(tmp_path / "records.jsonl", [
+        number("accuracy", 0.8, split="test"), number("accuracy", 0.9, split="test",
+                                                      recalibrate_bn=100),
+        number("robust_accuracy", 0.5, attack="autoattack", norm="linf", eps_255=8.0)])
+    rows = [line for line in publish.table(tmp_path) if "accuracy" in line]
+    assert "80.00 %" in rows[0] and "90.00 %" in rows[1] and "recalibrate_bn=100" in rows[1]
+    *_, words = publish.measuring(tmp_path)
+    assert words == ("--eval robustness --attacks autoattack --eps_linf 8 --eps_l2 --n_attack 10")
 
 
 @pytest.mark.skipif(not PUBLISHED, reason="nothing is published")

@@ -60,6 +60,32 @@ def test_both_programs_that_write_records_say_the_same(tmp_path, call):
     assert eval_jempp.training_of(opened._replace(args=None)) is None
 
 
+def test_a_runs_seconds_count_what_was_undone_and_its_latest_header_speaks():
+    args = {"labelled_batch": 10, "n_epochs": 1}
+    log = [{"kind": "header", "args": args}, {"kind": "step", "step": 4, "images_per_s": 10.0},
+           {"kind": "rollback", "step": 4, "to_step": 1},
+           {"kind": "step", "step": 3, "images_per_s": 5.0},
+           {"kind": "resume", "args": args | {"n_epochs": 2}},
+           {"kind": "step", "step": 5, "images_per_s": None}]
+    assert records.seconds_of(log) == 4 + 2 * 2
+    assert records.header_of(log)["args"]["n_epochs"] == 2
+
+
+def test_a_file_of_results_does_not_make_the_code_look_changed(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a", *words], cwd=tmp_path,
+                       check=True, capture_output=True)
+
+    for name in ("utils/files/records.py", "results/a.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("")
+    git("init"), git("add", "."), git("commit", "-m", "a")
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "utils/files/records.py"))
+    for name, dirty in (("results/a.jsonl", False), ("utils/files/records.py", True)):
+        (tmp_path / name).write_text("changed")
+        assert records.git_state()[1] is dirty
+
+
 def test_recording_a_run_waits_for_no_torch():
     code = "import sys; sys.path.insert(0, '.'); import scripts.record_run; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
@@ -152,7 +178,7 @@ def test_rows_of_a_smaller_scale_are_the_papers_in_all_but_size(script, name, sc
         ours = records.training_of(vars(args), None, network=network_name(vars(args)))
         paper = papers_training(method, args.dataset)
         changed = {k: v for k, v in ours.items() if k in paper and v != paper[k]}
-        for free in ("decay_rate", "buffer_size"):
+        for free in ("decay_rate", "buffer_size", "amp"):  # --fast turns bf16 on where it pays
             changed.pop(free, None)
         assert changed == size | {"stride_first": True, "stem_stride": 2}, method
         assert args.buffer_size == buffer_size and args.fast and args.keep_every

@@ -112,6 +112,13 @@ def test_reproduce_runs_every_script_of_a_table_or_figure():
     assert names == set(re.findall(r"(?:table|fig)\d\w*", text))
 
 
+def test_reproduce_trains_nothing_if_it_cannot_read_minutes(monkeypatch, tmp_path):
+    for name, value in (("MINUTES", "2h"), ("JOBS", "0"), ("SCALE", "tiny"), ("RUNS", tmp_path)):
+        monkeypatch.setenv(name, str(value))
+    done = shell("bash", "scripts/reproduce.sh")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "==" not in done.stdout
+
+
 @pytest.mark.slow
 def test_every_table_and_figure_is_made_at_tiny_scale_by_one_command(tmp_path):
     """A script that runs once more has nothing left to do."""

@@ -279,6 +279,10 @@ def test_divergence_is_shown_and_not_averaged(tables):
     assert cells[1] == "50.0; 2 of 3 diverged (steps 120, 340; last good checkpoint 30.0)†"
     cells, _ = row(lost[0])
     assert cells[:3] == ["92.9", "diverged at step 340†", "–"]
+    ended = record("steps", 450, seed=2, n=1, time="2026-03-01T00:00:00Z", **name,
+                   protocol={"reason": "finished", "rollbacks": 0})  # trained once more, and held
+    cells, _ = row(*lost, good, before, ended)
+    assert cells[1] == "40.0 ± 14.1 (n=2); 1 of 3 diverged (step 340)†"
     full = record("diverged", 20000, method="w/o Proximity", n=1, step=20000)
     assert row(full)[0][1] == "diverged at step 20,000"
 

@@ -10,7 +10,7 @@ import torch
 from models import JEM, frozen
 from samplers import make_init, make_sampler
 from utils import cli
-from utils.data import load_splits, spec_of
+from utils.data import labelled, load_splits, spec_of
 from utils.files.checkpoint import open_any
 from utils.program import InputError, Unavailable
 from utils.seeding import seed_step
@@ -108,7 +108,11 @@ class LoadedModel(JEM):
                               f"{spec_of(s.dataset).n_classes}: give load_model its dataset")
         train, _, _ = load_splits(s.dataset, s.data_root, n_valid=s.n_valid, n_train=s.n_train,
                                   download=False, size=s.image_size)
-        return make_init(s.init, train.x, train.y, n_classes)
+        train = labelled(train, s.labels_per_class, n_classes)
+        try:
+            return make_init(s.init, train.x, train.y, n_classes)
+        except ValueError as error:
+            raise Unavailable(str(error)) from error
 
     @functools.cached_property
     @torch.no_grad()

@@ -4,7 +4,7 @@ import statistics
 from typing import NamedTuple
 
 from scripts.tables.protocol import papers_training
-from scripts.tables.sources import measures, of_row, seed_of, timed
+from scripts.tables.sources import diverged, measures, of_row, seed_of, timed
 
 NOTHING = "–"
 OURS_ALONE, PAPER_ALONE = ("fd_features", "iteration_ms"), ("minutes_per_epoch",)
@@ -44,7 +44,7 @@ def metric_cell(number, records, full_scale):
 
     A seed that diverged is listed with its step and is not part of the mean.
     """
-    lost = {seed_of(r): r for r in records if r["metric"] == "diverged"}
+    lost = diverged(records)
     latest = {seed_of(r): r for r in records if measures(r, number)}
     kept = [r for seed, r in latest.items() if seed not in lost]
     values, words = [r["value"] for r in kept], []

@@ -47,7 +47,7 @@ def compared(title, own_records, script):
     for method, dataset in dict.fromkeys((r["method"], r["dataset"]) for r in own_records
                                          if r["metric"] in ("accuracy", "diverged")):
         of_row = sources.of_row(method, dataset, in_time)
-        lost = {sources.seed_of(r) for r in of_row if r["metric"] == "diverged"}
+        lost = sources.diverged(of_row)
         cells = [mean(of_row, column, lost) for column in columns]
         seeds = {sources.seed_of(r) for r in of_row}
         counts = len(seeds), len(lost), sum(rollbacks(of_row).values())
@@ -92,7 +92,7 @@ def published(title, folder, numbers):
     """A table of the models in results/models and the paper's M = 5, from the models' records."""
     def find(lines, wanted):
         wanted = {"recalibrate_bn": None} | wanted  # the checkpoint as it is
-        return next((r for r in lines if all(r.get(k, r.get("protocol", {}).get(k)) == v
+        return next((r for r in reversed(lines) if all(r.get(k, r.get("protocol", {}).get(k)) == v
                                              for k, v in wanted.items())), None)
 
     lines = [f"### {title}", "", markdown_row(["model", *PUBLISHED]),

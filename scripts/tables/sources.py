@@ -141,6 +141,13 @@ def seed_of(record):
     return (record["training"] or {}).get("seed")
 
 
+def diverged(records):
+    """{seed: its record of divergence} of the seeds whose latest run did not end otherwise."""
+    ends = {seed_of(r): r for r in by_time(records) if r["metric"] == "steps"}
+    return {seed_of(r): r for r in records if r["metric"] == "diverged"
+            and ends.get(seed_of(r), r)["protocol"].get("reason", "diverged") == "diverged"}
+
+
 def timed(record):
     """The settings that a time depends on, from the training arguments and the protocol."""
     both = {**(record.get("training") or {}), **record["protocol"]}

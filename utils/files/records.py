@@ -30,6 +30,7 @@ GUARD = {"on_divergence", "max_rollbacks", "rollback_lr_factor", "max_loss", "ma
 # The protocol entries shown to people. A record holds all entries.
 SHOWN = {"split", "score", "out", "attack", "norm", "eps", "eps_255", "source", "selection", "bins",
          "steps", "restarts", "chain_steps", "reference"}
+SHOWN_IF = {"sigma", "recalibrate_bn"}
 
 
 @contextmanager
@@ -188,14 +189,35 @@ def training_of(args, step, sampler=None, network=None):
     return kept | {k: v for k, v in names.items() if v is not None} | {"step": step}
 
 
+def header_of(log):
+    """The latest header among the lines of a train.jsonl: --n_epochs may have grown since."""
+    return [r for r in log if r["kind"] in ("header", "resume")][-1]
+
+
+def seconds_of(log):
+    """The seconds that the steps of a train.jsonl took, those that were undone included."""
+    n_images, seconds, last = header_of(log)["args"]["labelled_batch"], 0.0, 0
+    for r in log:
+        if r["kind"] == "rollback":
+            last = r["to_step"]
+        elif r["kind"] == "step":
+            if r.get("images_per_s"):
+                seconds += (r["step"] - last) * n_images / r["images_per_s"]
+            last = r["step"]
+    return seconds
+
+
 def shown(protocol):
-    """The protocol entries to show, as in "split=test". Noise (sigma) is shown unless it is 0."""
+    """The protocol entries to show, as in "split=test". Those in SHOWN_IF are not shown if 0."""
     return " ".join(f"{name}={value}" for name, value in sorted(protocol.items())
-                    if name in SHOWN or (name == "sigma" and value))
+                    if name in SHOWN or (name in SHOWN_IF and value))
 
 
 def git_state():
-    """(commit, dirty) of this code, or (None, None) outside a git checkout."""
+    """(commit, dirty) of this code, or (None, None) outside a git checkout.
+
+    Changes under results/ do not count: a script's first record would make all later ones dirty.
+    """
     here = Path(__file__).resolve().parent.parent
 
     def git(*words):
@@ -203,7 +225,8 @@ def git_state():
                               check=True, timeout=20).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+        changed = git("status", "--porcelain", "--", ":(top)", ":(top,exclude)results")
+        return git("rev-parse", "HEAD"), bool(changed)
     except (OSError, subprocess.SubprocessError):
         return None, None
 
