@@ -193,14 +193,16 @@ def our_costs():
     Older records do not tell all arguments of their training, and so not its cost.
     """
     for path in sorted((ROOT / "results" / "models").glob("*/*.jsonl")):
+        run = records.read_json(path.parent / "run.json") if path.stem == "records" else {}
+        begun = run.get("start", {}).get("pflop", 0)  # the run that gave the first weights
         for r in measured(path, ("accuracy",)):
             trained = r["training"] or {}
             if r["dataset"] == "cifar10" and r["protocol"]["split"] == "test" and (
                     "labelled_batch" in trained):
                 name = path.parent.name + ("" if path.stem == "records" else f", {path.stem}")
                 config = network_of(trained)
-                yield name, run_pflop(trained, config, trained["n_train"] or 45000,
-                                      trained["step"]), r["value"]
+                yield name, begun + run_pflop(trained, config, trained["n_train"] or 45000,
+                                              trained["step"]), r["value"]
 
 
 def network_of(trained):

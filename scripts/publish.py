@@ -31,10 +31,13 @@ from utils.files.torch_files import read  # noqa: E402
 PERCENT = {"accuracy", "ece", "ece_adaptive", "robust_accuracy"}
 
 
-def publish(run_dir, out, n_buffer, half=False):
-    """Write RUN/best.pt without what only training needs. Returns the folder ``out``."""
+def publish(run_dir, out, n_buffer, half=False, start=None):
+    """Write RUN/best.pt without what only training needs. Returns the folder ``out``.
+
+    ``start`` is the folder of the run with whose best.pt it began (--load_path).
+    """
     content = checkpoint.check(read(run_dir / "best.pt"), run_dir / "best.pt")
-    log = records.read_jsonl(run_dir / "train.jsonl")
+    log, begun = records.read_jsonl(run_dir / "train.jsonl"), start and beginning(start, content)
     if not log or log[-1].get("reason") != "finished":
         raise program.InputError(f"{run_dir} has not finished: run its training command again")
     if content["buffer"] is not None:
@@ -51,39 +54,49 @@ def publish(run_dir, out, n_buffer, half=False):
         content["args"]["load_path"] = Path(content["args"]["load_path"]).name
     content["format"] = checkpoint.FORMAT
     published.write(out, content, checkpoint.digest)
-    write_account(out, log, content)
+    write_account(out, log, content, begun)
     return out
 
 
-def write_account(out, log, content):
-    """Write NAME/run.json: the run's flags, cost, machine and epochs.
+def beginning(start, content):
+    """The account of START/best.pt, with whose weights the run of ``content`` began."""
+    if checkpoint.sha256_of(start / "best.pt") != content["args"].get("load_sha256"):
+        raise program.InputError(f"the run did not begin with the weights of {start}/best.pt")
+    first, log = read(start / "best.pt"), records.read_jsonl(start / "train.jsonl")
+    args = records.header_of(log)["args"] | {"max_steps": first["step"]}
+    return account([r for r in log if r["step"] <= first["step"]], first["config"], args)
 
-    step and epoch are those of the weights, run_step and run_epoch the whole run's, as its cost is.
+
+def write_account(out, log, content, begun):
+    """Write NAME/run.json: the run's flags, cost, machine and epochs, and how it had ``begun``.
+
+    step and epoch are those of the weights, run_step and run_epoch those at the run's end.
     """
     header = records.header_of(log)
-    defaults = vars(checkpoint_defaults(header["args"]))
-    machine = ("run_dir", "data_root", "download", "num_threads", "device")
-    names = vars(cli.train_parser().parse_args([])).keys() - set(machine)
-    typed = {k: v for k, v in (header["args"] | content["args"]).items() if k in names
-             and (k == "dataset" or records.jsonable(defaults.get(k)) != v)}
     steps = [r for r in log if r["kind"] == "step"]
-    taken = log[-1]["step"]
     records.write_json(out / "run.json", {
-        "flags": typed, "minutes": round(records.seconds_of(log) / 60, 1), "env": header["env"],
+        **account(log, content["config"], header["args"] | content["args"]), "env": header["env"],
         "threads": header["args"]["num_threads"], "parameters": header["parameters"],
         "n_train": header["n_train"], "step": content["step"], "epoch": content["epoch"],
-        "rollbacks": log[-1].get("rollbacks"), "run_step": taken,
-        "run_epoch": taken // header["steps_per_epoch"],
-        "pflop": run_pflop(header["args"], content["config"], header["n_train"], taken),
+        "rollbacks": log[-1].get("rollbacks"),
+        **({"start": begun} if begun else {}),
         "evaluations": [
             {k: r.get(k) for k in ("epoch", "valid_accuracy", "test_accuracy")}
             for r in log if r["kind"] == "eval"],
         "last_step": {k: v for k, v in steps[-1].items() if k != "kind"}})
 
 
-def checkpoint_defaults(args):
-    """The default arguments of train_jempp.py for the run's data set."""
-    return cli.train_args(["--dataset", args["dataset"]])
+def account(log, config, args):
+    """Of the flags ``args`` those that are no defaults, and what the steps of ``log`` cost."""
+    header, taken = records.header_of(log), log[-1]["step"]
+    defaults = vars(cli.train_args(["--dataset", args["dataset"]]))
+    machine = ("run_dir", "data_root", "download", "num_threads", "device")
+    names = vars(cli.train_parser().parse_args([])).keys() - set(machine)
+    typed = {k: v for k, v in args.items() if k in names
+             and (k == "dataset" or records.jsonable(defaults.get(k)) != v)}
+    return {"flags": typed, "minutes": round(records.seconds_of(log) / 60, 1), "run_step": taken,
+            "run_epoch": taken // header["steps_per_epoch"],
+            "pflop": run_pflop(header["args"], config, header["n_train"], taken)}
 
 
 def command(run):
@@ -108,22 +121,22 @@ def card(out):
     env, flags = run["env"], run["flags"]
     shown = out.name if out.is_absolute() else out.as_posix()  # no path of this machine
     kind, buffer, precision = "softmax network", "", weights_precision(out)
-    cost = f"{run['pflop']:.3g}·10¹⁵ operations, " if "pflop" in run else ""
-    step, epoch = (run.get(f"run_{name}", run[name]) for name in ("step", "epoch"))
+    epoch = run.get("run_epoch", run["epoch"])
     best = f" The weights are those after epoch {run['epoch']}." if epoch != run["epoch"] else ""
+    start = run.get("start")
+    begun = f", from the weights of a run of {cost(start)} (the first command)" if start else ""
     if flags.get("p_x_weight", 1) or flags.get("p_x_y_weight", 0):
         kind, buffer = "JEM++", " and images of the replay buffer as uint8"
     lines = [
         f"# {out.name}", "",
         f"A {kind} of {run['parameters']:,} parameters on {flags.get('dataset', 'cifar10')}, "
-        f"trained for {epoch} epoch{'s' * (epoch != 1)} ({step:,} steps, "
-        f"{cost}{run['minutes']} minutes of training on {env['device']}, {env['cpu']}, "
-        f"{run['threads'] or 'all'} thread(s)) with torch "
-        f"{env['torch']} at commit {env['commit'][:8]}. Rollbacks: {run['rollbacks']}.{best}", "",
+        f"trained for {cost(run)}{begun}, on {env['device']}, {env['cpu']}, "
+        f"{run['threads'] or 'all'} thread(s), with torch {env['torch']} at "
+        f"commit {env['commit'][:8]}. Rollbacks: {run['rollbacks']}.{best}", "",
         "All numbers on this page are †: the network is far smaller and the run far shorter than "
         f"the paper's. `{published.TENSORS}` holds {precision} weights{buffer}. Its SHA-256 is "
         f"`{weights}`.", *formerly, "",
-        "```bash", command(run), "",
+        "```bash", *(command(part) for part in (start, run) if part), "",
         *(f"python eval_jempp.py --load_path {shown} {words}" for words in measuring(out)),
         "```", "", *table(out), ""]
     for picture in sorted(out.glob("*.png")):
@@ -132,6 +145,14 @@ def card(out):
         lines.append((out / "limits.md").read_text())
     with records.replacing(out / "README.md", "w") as file:
         file.write("\n".join(lines).rstrip() + "\n")
+
+
+def cost(run):
+    """A run's epochs, steps, operations and minutes, in words."""
+    epoch, step = (run.get(f"run_{name}", run.get(name)) for name in ("epoch", "step"))
+    pflop = f"{run['pflop']:.3g}·10¹⁵ operations, " if "pflop" in run else ""
+    return (f"{epoch} epoch{'s' * (epoch != 1)} ({step:,} steps, {pflop}"
+            f"{run['minutes']} minutes of training)")
 
 
 def weights_precision(out):
@@ -200,12 +221,15 @@ def main(argv=None):
     p.add_argument("what", choices=("model", "card"))
     p.add_argument("paths", nargs="+", type=program.path, metavar="RUN OUT | OUT")
     p.add_argument("--n_buffer", type=flags.POSITIVE, default=300, help="buffer images to publish")
+    p.add_argument("--start", type=program.path, metavar="RUN",
+                   help="the run whose weights RUN began with (--load_path), for the cost")
     p.add_argument("--half", action="store_true", help="publish float16 weights, half the size")
     args = p.parse_args(argv)
     if len(args.paths) != {"model": 2, "card": 1}[args.what]:
         raise program.InputError("type `model RUN OUT` or `card OUT`")
     if args.what == "model":
-        out = publish(*map(Path, args.paths), args.n_buffer, args.half)
+        out = publish(*map(Path, args.paths), args.n_buffer, args.half,
+                      args.start and Path(args.start))
         program.say(f"wrote {out}")
     else:
         out = Path(args.paths[0])

@@ -62,6 +62,23 @@ def test_a_run_is_published_and_evaluates_as_before(tmp_path, call):
     check_half(run, tmp_path / "half", weights, call)
 
 
+def test_a_card_tells_the_run_that_a_run_began_with_and_adds_its_cost(tmp_path, call):
+    first, run, out = (tmp_path / name for name in ("first", "run", "out"))
+    trained(first)
+    words = [*TINY, "--n_epochs", "1", "--load_path", first / "best.pt", "--run_dir", run]
+    assert call(train_jempp.main, words)[0] == 0
+    code, _, err = call(publish.main, ["model", run, out, "--start", run])
+    assert code == 2 and "did not begin with" in err and not out.exists()
+    for words in (["model", run, out, "--start", first], ["card", out]):
+        code, _, err = call(publish.main, words)
+        assert code == 0, err
+    card, told = (out / "README.md").read_text(), json.loads((out / "run.json").read_text())
+    assert "from the weights of a run of 0 epochs (1 steps" in card
+    assert (told["start"]["run_step"], told["run_step"]) == (1, 3) and told["start"]["pflop"] > 0
+    commands = re.findall(r"python train_jempp.py (.*)", card)
+    assert "--max_steps 1" in commands[0] and "--load_path best.pt" in commands[1]
+
+
 def check_half(run, out, weights, call):
     """--half publishes the same weights rounded, in half the bytes, and its card says so."""
     assert call(publish.main, ["model", run, out, "--n_buffer", "1", "--half"])[0] == 0
