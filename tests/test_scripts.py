@@ -42,19 +42,29 @@ def test_train_cifar10_is_the_papers_run_and_passes_words_on():
     assert changed == {"n_steps": 20, "run_dir": "runs/cifar10_m10", "dry_run": True}
 
 
-def test_train_cpu_trains_a_hybrid_its_twin_and_the_papers_objective(monkeypatch):
-    found = {}
-    for model in ("hybrid", "twin", "paper", "judge"):
+def test_train_cpu_trains_a_hybrid_its_twin_and_the_papers_objective(monkeypatch, tmp_path):
+    def options(model):
         monkeypatch.setenv("MODEL", model)
-        done = shell("bash", "scripts/train_cpu.sh", "--n_epochs", "33", "--dry_run")
+        monkeypatch.setenv("RUN", str(tmp_path / model))
+        done = shell("bash", "scripts/train_cpu.sh", "--seed", "3", "--dry_run")
         assert done.returncode == 0, done.stderr
-        found[model] = json.loads(done.stdout)
+        *_, last = re.split(r"^(?={)", done.stdout, flags=re.M)
+        return json.loads(last)
+
+    start = tmp_path / "hybrid-start"
+    start.mkdir()
+    (start / "best.pt").write_bytes(b"")
+    found = {model: options(model) for model in ("start", "hybrid", "twin", "paper", "judge")}
+    assert {a["seed"] for a in found.values()} == {3}
+    assert found["hybrid"]["load_path"] == str(start / "best.pt")
+    weights = {"start": 0, "hybrid": 0.3, "twin": 0, "paper": 1, "judge": 0}
+    assert {model: a["p_x_weight"] for model, a in found.items()} == weights
     judge = found.pop("judge")
-    assert (judge["p_x_weight"], judge["width"], judge["stem_stride"]) == (0, 2, 1)
-    assert {(a["depth"], a["width"], a["stem_stride"], a["n_epochs"], a["labelled_batch"])
-            for a in found.values()} == {(16, 4, 2, 33, 128)}
-    assert {m: a["p_x_weight"] for m, a in found.items()} == {"hybrid": 0.3, "twin": 0, "paper": 1}
-    assert len({a["run_dir"] for a in [judge, *found.values()]}) == 4
+    assert (judge["width"], judge["stem_stride"]) == (2, 1)
+    assert {(a["depth"], a["width"], a["stem_stride"], a["labelled_batch"])
+            for a in found.values()} == {(16, 4, 2, 128)}
+    epochs = found["start"]["max_steps"] // (45000 // 128) + found["hybrid"]["n_epochs"]
+    assert epochs == found["twin"]["n_epochs"] == found["paper"]["n_epochs"] == 40
     monkeypatch.setenv("MODEL", "other")
     assert shell("bash", "scripts/train_cpu.sh").returncode == 2
 
