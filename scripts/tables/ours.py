@@ -95,16 +95,18 @@ def published(title, folder, numbers):
         return next((r for r in reversed(lines) if all(r.get(k, r.get("protocol", {}).get(k)) == v
                                              for k, v in wanted.items())), None)
 
-    lines = [f"### {title}", "", markdown_row(["model", *PUBLISHED]),
-             markdown_row(["---"] + ["---:"] * len(PUBLISHED))]
-    words = ["paper, JEM++ (M=5)"]
+    lines = [f"### {title}", "", markdown_row(["model", "weight of log p(x)", *PUBLISHED]),
+             markdown_row(["---"] + ["---:"] * (1 + len(PUBLISHED)))]
+    words = ["paper, JEM++ (M=5)", "1"]
     for _, _, _, paper in PUBLISHED.values():
         found = paper and find(numbers, {"row": "JEM++ (M=5)", "dataset": "cifar10",
                                          "table": paper[0], "column": paper[1]} | paper[2])
         words.append(found["printed"] if found else NOTHING)
     lines.append(markdown_row(words))
     for path in sorted(folder.glob("models/*/*.jsonl")):
-        of_model, words = records.read_jsonl(path), []
+        of_model = records.read_jsonl(path)
+        weight = (of_model[-1].get("training") or {}).get("p_x_weight") if of_model else None
+        words = [NOTHING if weight is None else f"{weight:g}"]
         for metric, protocol, factor, _ in PUBLISHED.values():
             r = find(of_model, {"metric": metric} | protocol)
             words.append(f"{factor * r['value']:.{2 if factor == 1 else 1}f}†" if r else NOTHING)
