@@ -1,6 +1,6 @@
 """The published models by name, for torch.hub.
 
-    jem = torch.hub.load(".", "cifar10_wrn16_2", source="local")     # in a clone of this repository
+    jem = torch.hub.load(".", "cifar10_wrn16_4", source="local")     # in a clone of this repository
 
 Each entry returns a ``LoadedModel`` (utils/loading.py) and takes the options of ``load_model``.
 """

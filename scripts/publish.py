@@ -90,7 +90,7 @@ def account(log, config, args):
     """Of the flags ``args`` those that are no defaults, and what the steps of ``log`` cost."""
     header, taken = records.header_of(log), log[-1]["step"]
     defaults = vars(cli.train_args(["--dataset", args["dataset"]]))
-    machine = ("run_dir", "data_root", "download", "num_threads", "device")
+    machine = ("run_dir", "data_root", "download", "num_threads", "device", "max_minutes")
     names = vars(cli.train_parser().parse_args([])).keys() - set(machine)
     typed = {k: v for k, v in args.items() if k in names
              and (k == "dataset" or records.jsonable(defaults.get(k)) != v)}
@@ -115,9 +115,6 @@ def card(out):
     """Write NAME/README.md from run.json, the records and the pictures."""
     run = json.loads((out / "run.json").read_text())
     weights = hashlib.sha256((out / published.TENSORS).read_bytes()).hexdigest()
-    config = json.loads((out / published.CONFIG).read_text())
-    formerly = [f"The records name the same weights by the SHA-256 of their earlier file, "
-                f"`{k}`: `{v}`." for k, v in config.get("formerly", {}).items()]
     env, flags = run["env"], run["flags"]
     shown = out.name if out.is_absolute() else out.as_posix()  # no path of this machine
     kind, buffer, precision = "softmax network", "", weights_precision(out)
@@ -135,7 +132,7 @@ def card(out):
         f"commit {env['commit'][:8]}. Rollbacks: {run['rollbacks']}.{best}", "",
         "All numbers on this page are †: the network is far smaller and the run far shorter than "
         f"the paper's. `{published.TENSORS}` holds {precision} weights{buffer}. Its SHA-256 is "
-        f"`{weights}`.", *formerly, "",
+        f"`{weights}`.", "",
         "```bash", *(command(part) for part in (start, run) if part), "",
         *(f"python eval_jempp.py --load_path {shown} {words}" for words in measuring(out)),
         "```", "", *table(out), ""]

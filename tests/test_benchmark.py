@@ -193,8 +193,8 @@ def test_table_4s_records_name_their_switches(call, tmp_path, monkeypatch):
 
 def test_each_row_of_the_switches_lacks_what_it_says(call, tmp_path):
     file = tmp_path / "switches.jsonl"
-    code, out, err = call(benchmark_switches.main, [*TINY, "--compile", "off", "--repeats", "1",
-                                                    "--results", file])
+    code, out, err = call(benchmark_switches.main, [*TINY, "--compile", "off", "--amp", "off",
+                                                    "--repeats", "1", "--results", file])
     found = {r["method"]: r["protocol"] for r in read_jsonl(file)}
     assert code == 0 and len(out.splitlines()) == len(found) == len(benchmark_switches.ROWS), err
     assert found["all"]["ratio"] == 1 and found["all"]["channels_last"]

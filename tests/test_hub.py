@@ -12,7 +12,7 @@ from utils import load_model
 from utils.files import checkpoint
 from utils.program import InputError
 
-NAME = "cifar10_wrn16_2"
+NAME = "cifar10_wrn16_4"
 
 
 @pytest.fixture(scope="module")

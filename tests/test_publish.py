@@ -135,9 +135,7 @@ def test_a_published_file_is_the_one_its_card_names(path):
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert digest in (path.parent / "README.md").read_text()
     records = read_jsonl(path.parent / "records.jsonl")
-    config = json.loads((path.parent / "config.json").read_text())
-    known = {digest, *config.get("formerly", {}).values()}  # of the same weights
-    assert records and {r["checkpoint"]["sha256"] for r in records} <= known
+    assert records and {r["checkpoint"]["sha256"] for r in records} == {digest}
 
 
 def test_a_card_shows_recalibrated_numbers_apart_and_knows_an_attack_without_steps(tmp_path):

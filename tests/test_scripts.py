@@ -63,8 +63,8 @@ def test_train_cpu_trains_a_hybrid_its_twin_and_the_papers_objective(monkeypatch
     assert (judge["width"], judge["stem_stride"]) == (2, 1)
     assert {(a["depth"], a["width"], a["stem_stride"], a["labelled_batch"])
             for a in found.values()} == {(16, 4, 2, 128)}
-    epochs = found["start"]["max_steps"] // (45000 // 128) + found["hybrid"]["n_epochs"]
-    assert epochs == found["twin"]["n_epochs"] == found["paper"]["n_epochs"] == 40
+    steps = found["start"]["max_steps"] + found["hybrid"]["n_epochs"] * (45000 // 128)
+    assert steps <= found["twin"]["n_epochs"] * (45000 // 128)  # the twin is given no less
     monkeypatch.setenv("MODEL", "other")
     assert shell("bash", "scripts/train_cpu.sh").returncode == 2
 
