@@ -181,7 +181,7 @@ def measure(name, entry, results):
 def apart(entry):
     """What tells the files of one checkpoint's measurements apart: settings that are not usual."""
     settings = entry.settings | {"recalibrate_bn": entry.subject.recalibrate_bn}
-    words = [f"{k}{settings[k]}" for k in ("seed", "sigma", "recalibrate_bn", "n_images")
+    words = [f"{k}{settings[k]}" for k in ("seed", "sigma", "recalibrate_bn", "n_images", "company")
              if settings[k]]
     usual = {"source": "buffer", "reference": "train+test"}
     words += [file_name(settings[k])[:60] for k, v in usual.items() if settings.get(k, v) != v]

@@ -123,6 +123,21 @@ def test_statistics_measured_anew_are_those_of_training_and_stand_apart(run, tmp
     assert found[0]["files"] != found[3]["files"]
 
 
+def test_company_acts_on_fresh_chains_through_the_statistics_of_the_batch_alone(run):
+    def chains(*words, **settings):
+        subject = opened(run, "--eval", "fid", "--source", "scratch", "--chain_steps", "5",
+                         "--chain_batch", "6", *words)
+        return subject.chains(12, **settings)[-1], subject.generated()[1]
+
+    for y in (None, torch.arange(12) % 10):
+        alone, together = (chains("--sample_mode", "eval", *words, y=y)[0]
+                           for words in ([], ["--company", "7"]))
+        torch.testing.assert_close(alone, together, rtol=0, atol=1e-4)
+    (alone, before), (together, told) = chains(), chains("--company", "7")
+    assert (alone - together).abs().max() > 1e-3
+    assert told == before | {"company": 7}
+
+
 def test_a_network_without_batch_norm_is_not_said_to_be_recalibrated(tmp_path, evaluate):
     argv = [*TINY, "--run_dir", tmp_path / "run", "--norm", "none", "--max_steps", "1"]
     assert train_jempp.main([str(word) for word in argv]) == 0

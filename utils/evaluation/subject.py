@@ -104,7 +104,9 @@ class Subject:
     sample_mode: str
     chain_steps: int
     chain_batch: int
+    company: int
     # the sampler
+    n_steps: int
     in_steps: int
     pyld_lr: float
     sgld_lr: float
@@ -218,15 +220,15 @@ class Subject:
 
         The sampler is that of training with --chain_steps steps. --sample_mode sets the mode of
         batch norm. In training mode the statistics depend on the batch, so the batch size is part
-        of the protocol. Batch b depends on (seed, b). The evaluated network stays unchanged.
+        of the protocol, and so is --company: in training a fresh chain shares its batch with older
+        ones. Batch b depends on (seed, b). The evaluated network stays unchanged.
         """
         if self.in_steps and not self.literal_pyld and not is_affine(self.model.stem):
             raise InputError(f"{self.label}: its stem is not affine, which PYLD's short cut needs: "
                              "add --literal_pyld")
         model = copy.deepcopy(self.model).train(self.sample_mode == "train")
         each = [(self.chain_steps + k) // snapshots for k in reversed(range(snapshots))]
-        draws = [make_sampler(self.sampler_flags(n_steps, sum(each[:k])))
-                 for k, n_steps in enumerate(each)]
+        draws = [self.drawer(n_steps, sum(each[:k])) for k, n_steps in enumerate(each)]
         p0 = self.p0
 
         def run(batch, n, y):
@@ -241,6 +243,32 @@ class Subject:
             return stations
 
         return run
+
+    def drawer(self, n_steps, before):
+        """The training sampler with ``n_steps`` steps after ``before`` others, in company.
+
+        With --company c, every M (--n_steps) steps c images of the buffer, drawn anew, move along
+        as part of the batch and are dropped. For chains of classes they descend the energy of the
+        class that the network sees in them.
+        """
+        if not self.company:
+            return make_sampler(self.sampler_flags(n_steps, before))
+        crowd = self.buffer()
+        seen = plots.to_uint8(crowd).to(self.device)
+        classes = predict(self.model, seen, self.batch_size).argmax(1).cpu()
+
+        def draw(model, x, y=None, *, generator):
+            n = len(x)
+            for taken in range(0, n_steps, self.n_steps):
+                step = make_sampler(self.sampler_flags(min(self.n_steps, n_steps - taken),
+                                                       before + taken))
+                others = torch.randint(len(crowd), (self.company,), device=generator.device,
+                                       generator=generator).cpu()
+                both = torch.cat([x, crowd[others].to(x)])
+                labels = None if y is None else torch.cat([y, classes[others].to(y)])
+                x = step(model, both, y=labels, generator=generator)[:n]
+            return x
+        return draw
 
     def chains(self, n, y=None, snapshots=1):
         """``n`` fresh chains in batches of --chain_batch, as ``chain_runner`` draws them."""
@@ -301,6 +329,7 @@ class Subject:
                 self.chains(n, self.classes(range(n)))[-1])
         return self.kept["chains"], {
             "source": "scratch", "chain_steps": self.chain_steps, "chain_batch": self.chain_batch,
+            **({"company": self.company} if self.company else {}),
             "init": self.init, "mode": self.sample_mode,
             **({"conditional": self.y or "all classes"} if self.conditional or self.y else {})}
 

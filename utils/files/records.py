@@ -30,7 +30,7 @@ GUARD = {"on_divergence", "max_rollbacks", "rollback_lr_factor", "max_loss", "ma
 # The protocol entries shown to people. A record holds all entries.
 SHOWN = {"split", "score", "out", "attack", "norm", "eps", "eps_255", "source", "selection", "bins",
          "steps", "restarts", "chain_steps", "reference"}
-SHOWN_IF = {"sigma", "recalibrate_bn"}
+SHOWN_IF = {"sigma", "recalibrate_bn", "company"}
 
 
 @contextmanager
