@@ -6,13 +6,14 @@ The caller sets the network's train or eval mode.
 
 import functools
 
+from samplers.company import in_company
 from samplers.informative_init import ClassGaussians, UniformInit, to_pixels
 from samplers.pyld import pyld, pyld_collapsed
 from samplers.replay_buffer import ReplayBuffer
 from samplers.sgld import PIXELS, descend, sgld
 
-__all__ = ["ClassGaussians", "ReplayBuffer", "UniformInit", "make_init", "make_sampler",
-           "pyld", "pyld_collapsed", "sampler_name", "sgld", "to_pixels"]
+__all__ = ["ClassGaussians", "ReplayBuffer", "UniformInit", "in_company", "make_init",
+           "make_sampler", "pyld", "pyld_collapsed", "sampler_name", "sgld", "to_pixels"]
 
 
 def make_sampler(args):

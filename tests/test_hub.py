@@ -62,6 +62,18 @@ def test_fresh_chains_are_the_training_samplers(run):
     assert not torch.allclose(x, jem.sample(4, y=[0, 1, 2, 3], n_steps=3, seed=1), atol=1e-4)
 
 
+def test_chains_are_in_the_company_of_the_buffer_which_acts_through_batch_statistics(run):
+    def images(mode, company):
+        jem = load_model(run / "best.pt")
+        jem.settings.sample_mode = mode
+        if not company:
+            jem.replay_buffer = None
+        return jem.sample(3, y=[1, 2, 3], n_steps=5, start="p0")
+
+    torch.testing.assert_close(images("eval", True), images("eval", False), rtol=0, atol=1e-4)
+    assert (images("train", True) - images("train", False)).abs().max() > 1e-3
+
+
 def test_fresh_chains_start_from_the_labelled_images_of_training(run):
     jem = load_model(run / "best.pt")
     every = jem.p0.means()

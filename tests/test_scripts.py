@@ -193,7 +193,7 @@ def test_readmes_five_lines_of_python_run_as_printed():
     snippet = python_of("Load a trained model")
     assert len(snippet.splitlines()) == 5
     found = {}
-    exec(snippet.replace("16, y=5, n_steps=20", "4, y=5, n_steps=2"), found)
+    exec(snippet.replace("16, n_steps=100", "4, n_steps=2"), found)
     assert found["x"].shape == (4, 3, 32, 32) and found["p"].shape == (4, 10)
     assert found["score"].shape == (4,) and not found["jem"].training
 

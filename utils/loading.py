@@ -8,14 +8,15 @@ import warnings
 import torch
 
 from models import JEM, frozen
-from samplers import make_init, make_sampler
+from samplers import in_company, make_init, make_sampler
 from utils import cli
 from utils.data import labelled, load_splits, spec_of
 from utils.files.checkpoint import open_any
 from utils.program import InputError, Unavailable
 from utils.seeding import seed_step
 
-CHAIN_BATCH = 100  # chains that share their batch statistics, as in evaluation
+CHAIN_BATCH = 100  # images that share their batch statistics, as in evaluation ...
+COMPANY = 80  # ... of which so many are the buffer's
 CHAIN_STEPS = 1000  # outer steps of a chain
 
 
@@ -52,23 +53,37 @@ class LoadedModel(JEM):
         ``start="p0"`` starts them from p_0, as in training. Estimating p_0 needs the training
         images. ``start="buffer"`` continues from images of the replay buffer, for a class drawn in
         proportion to p(y|x). ``None`` is "p0" if the training images are available, and otherwise
-        "buffer", with a warning. InputError if there is neither. The images depend only on the
-        arguments. The model and its running statistics do not change.
+        "buffer", with a warning. InputError if there is neither. Chains share their batches, and
+        so batch norm's statistics, with images of the replay buffer, as in training, if there is
+        one. The images depend only on the arguments. The model does not change.
         """
         if start not in (None, "p0", "buffer"):
             raise InputError(f"start is 'p0', 'buffer' or None, not {start!r}")
         y = self.labels(n, y)
-        draw = make_sampler(argparse.Namespace(**vars(self.settings) | {"n_steps": n_steps}))
+        draw, n_chains = self.drawer(n_steps)
         model = copy.deepcopy(JEM(self)).train(self.settings.sample_mode == "train")
         device, images = next(self.parameters()).device, []
         with frozen(model):
-            for batch, indices in enumerate(torch.arange(n).split(CHAIN_BATCH)):
+            for batch, indices in enumerate(torch.arange(n).split(n_chains)):
                 streams = seed_step(seed, batch, "evaluation", device)
                 labels = None if y is None else y[indices]
                 x_0 = self.beginnings(len(indices), labels, start, streams.host).to(device)
                 labels = None if labels is None else labels.to(device)
                 images.append(draw(model, x_0, y=labels, generator=streams.device))
         return torch.cat(images)
+
+    def drawer(self, n_steps):
+        """The training sampler with ``n_steps`` steps, and the number of chains in a batch."""
+        def make(k, taken):
+            decay = self.settings.step_decay**taken
+            return make_sampler(argparse.Namespace(**vars(self.settings) | {
+                "n_steps": k, "pyld_lr": decay * self.settings.pyld_lr,
+                "sgld_lr": decay * self.settings.sgld_lr}))
+
+        if self.replay_buffer is None:
+            return make(n_steps, 0), CHAIN_BATCH
+        return in_company(make, n_steps, self.settings.n_steps, self.replay_buffer.cpu(),
+                          self.buffer_classes.argmax(1), COMPANY), CHAIN_BATCH - COMPANY
 
     def labels(self, n, y):
         """A class or labels as int64 [n], or None."""

@@ -13,7 +13,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import frozen
-from samplers import make_init, make_sampler, sampler_name, to_pixels
+from samplers import in_company, make_init, make_sampler, sampler_name, to_pixels
 from samplers.pyld import is_affine
 from utils import distributed, plots
 from utils.data import labelled, load_splits, spec_of
@@ -247,28 +247,18 @@ class Subject:
     def drawer(self, n_steps, before):
         """The training sampler with ``n_steps`` steps after ``before`` others, in company.
 
-        With --company c, every M (--n_steps) steps c images of the buffer, drawn anew, move along
-        as part of the batch and are dropped. For chains of classes they descend the energy of the
-        class that the network sees in them.
+        With --company c, c images of the buffer share the batch, others every M (--n_steps) steps.
+        Chains of classes descend for them the energy of the class that the network sees in them.
         """
+        def make(k, taken):
+            return make_sampler(self.sampler_flags(k, before + taken))
+
         if not self.company:
-            return make_sampler(self.sampler_flags(n_steps, before))
+            return make(n_steps, 0)
         crowd = self.buffer()
         seen = plots.to_uint8(crowd).to(self.device)
         classes = predict(self.model, seen, self.batch_size).argmax(1).cpu()
-
-        def draw(model, x, y=None, *, generator):
-            n = len(x)
-            for taken in range(0, n_steps, self.n_steps):
-                step = make_sampler(self.sampler_flags(min(self.n_steps, n_steps - taken),
-                                                       before + taken))
-                others = torch.randint(len(crowd), (self.company,), device=generator.device,
-                                       generator=generator).cpu()
-                both = torch.cat([x, crowd[others].to(x)])
-                labels = None if y is None else torch.cat([y, classes[others].to(y)])
-                x = step(model, both, y=labels, generator=generator)[:n]
-            return x
-        return draw
+        return in_company(make, n_steps, self.n_steps, crowd, classes, self.company)
 
     def chains(self, n, y=None, snapshots=1):
         """``n`` fresh chains in batches of --chain_batch, as ``chain_runner`` draws them."""
