@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shutil
 
 import pytest
@@ -143,6 +144,9 @@ def test_ages_come_along_with_the_buffer_of_another_run(default, tmp_path, flags
      "log p(x) begins after step 1750, with its whole weight 700 steps later; a slot of the replay "
      "buffer will be visited 5.6 times in this run, fewer than 20"),
     (["--p_x_y_weight", "1", "--labelled_batch", "128", "--n_epochs", "1"], 100, "visited 1.92"),
+    (["--p_x_from", "16", "--n_epochs", "40", "--batch_size", "32", "--buffer_size", "2000"], 351,
+     "visited 135 times in this run. Log p(x) begins on a trained network, so the first chains "
+     "have to age fast: a --buffer_size of 640 or less helps"),
     (["--p_x_weight", "0"], 703, None)))
 def test_one_line_says_how_often_a_slot_is_visited(flags, steps_per_epoch, said):
     line = about_chains(steps_per_epoch, cli.train_args(flags))
@@ -150,7 +154,17 @@ def test_one_line_says_how_often_a_slot_is_visited(flags, steps_per_epoch, said)
         assert line is None
         return
     assert said in line and "\n" not in line
-    assert ("A smaller --buffer_size" in line) == ("675" not in line and "38" not in line)
+    visits = float(re.search(r"visited (\S+) times", line)[1])
+    assert ("A smaller --buffer_size" in line) == (visits < 20)
+    assert ("a --buffer_size of" in line) == ("a --buffer_size of" in said)
+
+
+@pytest.mark.parametrize("size, load_buffer, told", ((500, False, False), (700, False, True),
+                                                     (700, True, False)))
+def test_weights_to_start_from_want_a_small_buffer(size, load_buffer, told):
+    args = cli.train_args(["--n_epochs", "24", "--batch_size", "32", "--buffer_size", str(size)])
+    args.load_path, args.load_buffer = "classifier.pt", load_buffer
+    assert ("640 or less" in about_chains(351, args)) == told
 
 
 def test_it_is_said_at_the_start_and_the_size_that_it_names_is_small_enough(copied, call):
