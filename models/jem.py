@@ -45,6 +45,11 @@ def frozen(model):
             p.requires_grad_(True)
 
 
+def has_batch_norm(model):
+    """Whether what a network makes of an image may depend on the batch, or on statistics of one."""
+    return any(isinstance(layer, _BatchNorm) for layer in model.modules())
+
+
 @contextmanager
 def statistics_kept(model):
     """Inside the block no pass changes the running statistics of batch norm.

@@ -26,9 +26,9 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-from models import NETWORKS, network_name, network_words  # noqa: E402
+from models import network_name  # noqa: E402
 from samplers import ClassGaussians  # noqa: E402
-from scripts.operations import run_pflop  # noqa: E402
+from scripts.operations import network_of, run_pflop  # noqa: E402
 from scripts.tables import sources  # noqa: E402
 from scripts.tables.protocol import ROWS, papers_training  # noqa: E402
 from utils import flags, plots, program  # noqa: E402
@@ -186,8 +186,8 @@ def papers_costs():
         if number["table"] == "table2" and number["column"] == "accuracy" and row in ROWS and (
                 row.startswith("JEM++") or row == "WRN w/ BN"):
             args = papers_training(row, "cifar10")
-            config = {"depth": args["depth"], "width": args["width"]}
-            yield row, run_pflop(args, config, 45000, 703 * args["n_epochs"]), number["value"]
+            pflop = run_pflop(args, network_of(args), 45000, 703 * args["n_epochs"])
+            yield row, pflop, number["value"]
 
 
 def our_costs():
@@ -203,18 +203,9 @@ def our_costs():
             if r["dataset"] == "cifar10" and r["protocol"]["split"] == "test" and (
                     "labelled_batch" in trained):
                 name = path.parent.name + ("" if path.stem == "records" else f", {path.stem}")
-                config = network_of(trained)
-                yield name, begun + run_pflop(trained, config, trained["n_train"] or 45000,
-                                              trained["step"]), r["value"]
-
-
-def network_of(trained):
-    """The config of the network that a record's ``trained`` arguments describe.
-
-    A record has its network's display name, which for all but Wide-ResNets is that of NETWORKS.
-    """
-    name = trained["network"] if trained.get("network") in NETWORKS else "wrn"
-    return {"network": name} | {k: trained[k] for k in network_words(name) if k in trained}
+                pflop = run_pflop(trained, network_of(trained), trained["n_train"] or 45000,
+                                  trained["step"])
+                yield name, begun + pflop, r["value"]
 
 
 def measured(path, metrics):

@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
 # How far generated images are from a data set's: fd_features in a classifier's features, which is not
 # FID, beside real and spoiled images that give the numbers a scale. N images of each kind (2000).
-#   JUDGE    the classifier (results/models/cifar10_judge, by MODEL=judge bash scripts/train_cpu.sh)
+#   JUDGE    the classifier (RUNS/cpu-judge/best.pt, by MODEL=judge bash scripts/train_cpu.sh)
 #   MODELS   runs of scripts/train_cpu.sh whose buffer is judged (cpu-hybrid cpu-paper)
 #   RUNS     their folder (runs)
 # Minutes on a CPU. Records: results/judge.jsonl, where a row that is there is not measured again.
 export RUNS=${RUNS:-runs}
 source "$(dirname "$0")/common.sh"
-JUDGE=${JUDGE:-results/models/cifar10_judge} MODELS=${MODELS:-cpu-hybrid cpu-paper} N=${N:-2000}
+JUDGE=${JUDGE:-$RUNS/cpu-judge/best.pt} MODELS=${MODELS:-cpu-hybrid cpu-paper} N=${N:-2000}
+
+if [ ! -e "$JUDGE" ]; then
+    echo "judge.sh: no classifier $JUDGE: MODEL=judge bash scripts/train_cpu.sh trains it" >&2
+    exit 2
+fi
 
 # distance METHOD RUN FLAGS...: one row, unless it is there
 distance() {

@@ -7,7 +7,7 @@ weights as well as two. Element-wise work is left out.
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import JEM
+from models import JEM, NETWORKS, network_words
 
 
 def forward_flop(config, size, n_images):
@@ -17,6 +17,16 @@ def forward_flop(config, size, n_images):
     with FlopCounterMode(display=False) as counter:
         model(x)
     return counter.get_total_flops() * n_images
+
+
+def network_of(args):
+    """The config, without classes, of the network that training arguments describe, as a dict.
+
+    Those of a record have the network's display name, which is that of NETWORKS for all but
+    Wide-ResNets.
+    """
+    name = args["network"] if args.get("network") in NETWORKS else "wrn"
+    return {"network": name} | {k: args[k] for k in network_words(name) if k in args}
 
 
 def forward_images(args, p_x=True):

@@ -121,7 +121,7 @@ def card(out):
     epoch = run.get("run_epoch", run["epoch"])
     best = f" The weights are those after epoch {run['epoch']}." if epoch != run["epoch"] else ""
     start = run.get("start")
-    begun = f", from the weights of a run of {cost(start)} (the first command)" if start else ""
+    begun = f", after the first command's run of {cost(start)}" if start else ""
     if flags.get("p_x_weight", 1) or flags.get("p_x_y_weight", 0):
         kind, buffer = "JEM++", " and images of the replay buffer as uint8"
     lines = [

@@ -27,7 +27,7 @@ from utils import start  # noqa: E402
 if __name__ == "__main__":
     start.begin()  # before the imports, which take seconds
 
-from scripts.operations import run_pflop  # noqa: E402
+from scripts.operations import network_of, run_pflop  # noqa: E402
 from utils import cli, flags, program  # noqa: E402
 from utils.data import load_splits, spec_of  # noqa: E402
 from utils.files import records  # noqa: E402
@@ -64,8 +64,7 @@ def planned(lines):
 
 def config_of(args):
     """The network of training arguments."""
-    return {"network": args.network, "n_classes": spec_of(args.dataset).n_classes,
-            **cli.network_config(args)}
+    return {"n_classes": spec_of(args.dataset).n_classes, **network_of(vars(args))}
 
 
 @functools.cache

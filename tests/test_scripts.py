@@ -154,6 +154,14 @@ def test_every_table_and_figure_is_made_at_tiny_scale_by_one_command(tmp_path):
         assert after == lines and "finished at step" not in said
 
 
+def test_judge_without_a_classifier_is_one_line(monkeypatch, tmp_path):
+    for name in ("RUNS", "OUT"):
+        monkeypatch.setenv(name, str(tmp_path))
+    done = shell("bash", "scripts/judge.sh")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "MODEL=judge bash scripts/train_cpu.sh" in done.stderr
+
+
 @pytest.mark.slow
 def test_judge_adds_a_row_for_each_kind_of_image_once(tmp_path):
     assert train_jempp.main(tiny(tmp_path / "mine", "--n_epochs", "1")) == 0

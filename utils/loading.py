@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-from models import JEM, frozen
+from models import JEM, frozen, has_batch_norm
 from samplers import in_company, make_init, make_sampler
 from utils import cli
 from utils.data import labelled, load_splits, spec_of
@@ -53,9 +53,9 @@ class LoadedModel(JEM):
         ``start="p0"`` starts them from p_0, as in training. Estimating p_0 needs the training
         images. ``start="buffer"`` continues from images of the replay buffer, for a class drawn in
         proportion to p(y|x). ``None`` is "p0" if the training images are available, and otherwise
-        "buffer", with a warning. InputError if there is neither. Chains share their batches, and
-        so batch norm's statistics, with images of the replay buffer, as in training, if there is
-        one. The images depend only on the arguments. The model does not change.
+        "buffer", with a warning. InputError if there is neither. Chains share their batches with
+        images of the replay buffer, as in training, where batch norm makes that matter. The images
+        depend only on the arguments. The model does not change.
         """
         if start not in (None, "p0", "buffer"):
             raise InputError(f"start is 'p0', 'buffer' or None, not {start!r}")
@@ -74,16 +74,12 @@ class LoadedModel(JEM):
 
     def drawer(self, n_steps):
         """The training sampler with ``n_steps`` steps, and the number of chains in a batch."""
-        def make(k, taken):
-            decay = self.settings.step_decay**taken
-            return make_sampler(argparse.Namespace(**vars(self.settings) | {
-                "n_steps": k, "pyld_lr": decay * self.settings.pyld_lr,
-                "sgld_lr": decay * self.settings.sgld_lr}))
-
-        if self.replay_buffer is None:
-            return make(n_steps, 0), CHAIN_BATCH
-        return in_company(make, n_steps, self.settings.n_steps, self.replay_buffer.cpu(),
-                          self.buffer_classes.argmax(1), COMPANY), CHAIN_BATCH - COMPANY
+        in_batches = self.settings.sample_mode == "train" and has_batch_norm(self)
+        if self.replay_buffer is None or not in_batches:  # company would change nothing
+            return make_sampler(self.settings, n_steps), CHAIN_BATCH
+        classes = self.buffer_classes.argmax(1).to(self.replay_buffer.device)
+        return (in_company(self.settings, n_steps, self.replay_buffer, classes, COMPANY),
+                CHAIN_BATCH - COMPANY)
 
     def labels(self, n, y):
         """A class or labels as int64 [n], or None."""

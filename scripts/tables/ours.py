@@ -92,8 +92,8 @@ def published(title, folder, numbers):
     """A table of the models in results/models and the paper's M = 5, from the models' records."""
     def find(lines, wanted):
         wanted = {"recalibrate_bn": None} | wanted  # the checkpoint as it is
-        return next((r for r in reversed(lines) if all(r.get(k, r.get("protocol", {}).get(k)) == v
-                                             for k, v in wanted.items())), None)
+        return next((r for r in reversed(lines) if all(
+            r.get(k, r.get("protocol", {}).get(k)) == v for k, v in wanted.items())), None)
 
     lines = [f"### {title}", "", markdown_row(["model", "weight of log p(x)", *PUBLISHED]),
              markdown_row(["---"] + ["---:"] * (1 + len(PUBLISHED)))]

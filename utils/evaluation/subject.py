@@ -5,14 +5,12 @@ import functools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from models import frozen
+from models import frozen, has_batch_norm
 from samplers import in_company, make_init, make_sampler, sampler_name, to_pixels
 from samplers.pyld import is_affine
 from utils import distributed, plots
@@ -121,7 +119,7 @@ class Subject:
 
     def __post_init__(self):
         self.model = self.opened.model.to(self.device).eval()
-        if self.recalibrate_bn and not any(isinstance(m, _BatchNorm) for m in self.model.modules()):
+        if self.recalibrate_bn and not has_batch_norm(self.model):
             say(f"{self.label} has no batch norm: --recalibrate_bn is left out")
             self.recalibrate_bn = 0
         if self.recalibrate_bn:
@@ -182,19 +180,10 @@ class Subject:
             raise InputError(f"{self.label}: its replay buffer is not finite")
         return buffer.float()
 
-    def sampler_flags(self, n_steps, before=0):
-        """The settings as a namespace for ``make_sampler`` and ``sampler_name``.
-
-        ``before``: steps that the chain has taken already, which count for --step_decay.
-        """
-        decay = self.step_decay**before
-        return SimpleNamespace(**vars(self) | {
-            "n_steps": n_steps, "pyld_lr": decay * self.pyld_lr, "sgld_lr": decay * self.sgld_lr})
-
     @property
     def sampler(self):
         """The sampler of fresh chains in the paper's words, "PYLD-1000-5"."""
-        return sampler_name(self.sampler_flags(self.chain_steps))
+        return sampler_name(self, self.chain_steps)
 
     def classes(self, indices):
         """The classes [n] of the fresh chains ``indices`` [n], or None for unconditional ones.
@@ -250,15 +239,15 @@ class Subject:
         With --company c, c images of the buffer share the batch, others every M (--n_steps) steps.
         Chains of classes descend for them the energy of the class that the network sees in them.
         """
-        def make(k, taken):
-            return make_sampler(self.sampler_flags(k, before + taken))
-
         if not self.company:
-            return make(n_steps, 0)
-        crowd = self.buffer()
-        seen = plots.to_uint8(crowd).to(self.device)
-        classes = predict(self.model, seen, self.batch_size).argmax(1).cpu()
-        return in_company(make, n_steps, self.n_steps, crowd, classes, self.company)
+            return make_sampler(self, n_steps, before)
+        return in_company(self, n_steps, *self.crowd, self.company, before)
+
+    @functools.cached_property
+    def crowd(self):
+        """The buffer's images and the classes that the network sees in them, on the device."""
+        x = self.buffer().to(self.device)
+        return x, predict(self.model, plots.to_uint8(x), self.batch_size).argmax(1).to(self.device)
 
     def chains(self, n, y=None, snapshots=1):
         """``n`` fresh chains in batches of --chain_batch, as ``chain_runner`` draws them."""
