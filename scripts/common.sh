@@ -10,11 +10,13 @@
 #          it is a folder inside RUNS, so that a smoke run does not touch the real records.
 #   PLAN   if set, nothing is computed: the training commands that are left are printed, one a line
 #          with tabs between words, for train_all.py.
-# Command-line flags go to train_jempp.py. Finished runs and evaluations are skipped, whatever the
-# flags: other flags need other RUNS and OUT. Stopped ones continue. Rollbacks and runs that diverge
-# for good are recorded as such. If a row cannot be trained or measured, a line says so, the rest
-# continues, and the final exit code is not 0. A measured row of which one number could not be had (a
-# line says so, too) counts as measured: delete RUNS/ROW/TABLE.measured to measure it again.
+#   READY  if set, nothing is trained: the runs that have ended are measured.
+# Command-line flags go to train_jempp.py. A row whose records are in OUT/TABLE.jsonl is neither
+# trained nor measured again, on whatever machine and whatever the flags: other flags need other RUNS
+# and OUT, and who deletes its lines has it measured again. Runs that stopped continue. Rollbacks and
+# runs that diverge for good are recorded as such. If a row cannot be trained or measured, a line says
+# so, the rest continues, and the final exit code is not 0. A row of which one number could not be had
+# (a line says so, too) counts as measured.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -x .venv/bin/python ] && export PATH="$PWD/.venv/bin:$PATH"
@@ -75,12 +77,14 @@ left_out() {
 
 ended() { grep -q "\"kind\": \"end\".*\"reason\": \"$2\"" "$RUNS/$1/train.jsonl" 2>/dev/null; }
 
-# train RUN FLAGS...: train RUN-seed$SEED or continue it. Returns 3 if it diverged for good.
+# train RUN FLAGS...: train RUN-seed$SEED or continue it. Returns 3 if it diverged for good, 4 if
+# READY and it has not ended.
 train() {
     local run=$1-seed$SEED
     shift
     if ended "$run" diverged; then return 3; fi
     if ! ended "$run" finished; then
+        [ -z "${READY:-}" ] || return 4
         [ -n "${PLAN:-}" ] || echo "== $run"
         python train_jempp.py --data_root "$DATA" --run_dir "$RUNS/$run" --seed "$SEED" \
             "$@" "${SIZE[@]}" ${WORDS[@]+"${WORDS[@]}"} || return $?
@@ -89,17 +93,33 @@ train() {
     fi
 }
 
+# FID: the evaluations of generated images. fd_features takes a classifier in place of Inception: the
+# published one at SCALE=cpu, so that rows of different machines are judged alike, else the softmax
+# row of seed 1, which is trained first.
+SOFTMAX_ROW=$RUNS/softmax-seed1/best.pt
+FID=(fid --features "$SOFTMAX_ROW")
+[ "$SCALE" != cpu ] || FID=(fid --features results/models/cifar10_judge)
+softmax_first() {
+    local code=0
+    if [[ " $* " = *" $SOFTMAX_ROW "* ]]; then SEED=1 train softmax "${SOFTMAX[@]}" || code=$?; fi
+    [ $code = 3 ] || return $code  # where it diverged, its best checkpoint judges
+}
+
+# recorded TABLE RUN: whether OUT/TABLE.jsonl holds RUN-seed$SEED of this scale.
+recorded() { grep -qsF "\"run\": \"$SCALE/$2-seed$SEED\"" "$OUT/$1.jsonl"; }
+
 # measure TABLE METHOD RUN EVAL_FLAGS...: append the records of RUN's best checkpoint to
-# OUT/TABLE.jsonl under the paper's name METHOD, all at once and only once. A run that diverged is
-# recorded as diverged too.
+# OUT/TABLE.jsonl under the paper's name METHOD, all at once. A run that diverged is recorded as
+# diverged too.
 measure() {
     local table=$1 method=$2 run=$3-seed$SEED
     shift 3
-    local done="$RUNS/$run/$table.measured" file="$RUNS/$run/eval/$table.jsonl"
-    if [ -e "$done" ] || [ -n "${PLAN:-}" ]; then return; fi
+    local file="$RUNS/$run/eval/$table.jsonl"
+    if [ -n "${PLAN:-}" ]; then return; fi
     mkdir -p "$RUNS/$run/eval"
     rm -f "$file"
-    python scripts/record_run.py "$RUNS/$run" --method "$method" --results "$file" || return $?
+    python scripts/record_run.py "$RUNS/$run" --method "$method" --name "$SCALE/$run" \
+        --results "$file" || return $?
     if [ -e "$RUNS/$run/best.pt" ]; then
         python eval_jempp.py --load_path "$RUNS/$run/best.pt" --labels "$method" --method "$method" \
             --results "$file" --data_root "$DATA" "${EVAL[@]}" "$@" || return $?
@@ -110,7 +130,6 @@ measure() {
         fi
     fi
     cat "$file" >> "$OUT/$table.jsonl"
-    touch "$done"
 }
 
 # row TABLE METHOD RUN FLAGS... -- EVAL_FLAGS...: train and measure one row for every seed.
@@ -121,19 +140,11 @@ row() {
     shift
     for SEED in $SEEDS; do
         local code=0
-        train "$run" "${flags[@]}" || code=$?
+        if recorded "$table" "$run"; then continue; fi
+        softmax_first "$@" || code=$?
+        [ $code != 0 ] || train "$run" "${flags[@]}" || code=$?
         if [ $code = 3 ]; then echo "$run-seed$SEED diverged: recorded as such"; code=0; fi
         if [ $code = 0 ]; then measure "$table" "$method" "$run" "$@" || code=$?; fi
-        [ $code = 0 ] || left_out $code "$method, seed $SEED ($table)"
+        case $code in 0 | 4) ;; *) left_out $code "$method, seed $SEED ($table)" ;; esac
     done
-}
-
-# FID: the evaluations of generated images. fd_features uses the softmax model of seed 1 in place of
-# Inception.
-features() {
-    local code=0
-    SEED=1 train softmax "${SOFTMAX[@]}" || code=$?
-    FID=(fid)
-    if [ $code = 0 ]; then FID+=(--features "$RUNS/softmax-seed1/best.pt")
-    else left_out $code "fd_features: there is no softmax network"; fi
 }

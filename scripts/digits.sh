@@ -6,7 +6,6 @@
 SCALE=digits SEEDS=${SEEDS:-1 2 3}
 source "$(dirname "$0")/common.sh"
 
-features
 ALL=(--eval accuracy calibration "${FID[@]}")
 row rows "WRN w/ BN" softmax "${SOFTMAX[@]}" -- --eval accuracy calibration
 for M in 5 10 20; do row rows "JEM++ (M=$M)" "jempp-m$M" --n_steps $M -- "${ALL[@]}"; done

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 5: learning curves of JEM++ with M = 5, 10, 20, without proximity, and of JEM: test accuracy
 # against epoch, with divergences marked. Uses the runs of table2.sh and table5.sh and trains missing
-# ones. The points are records in OUT/fig5.jsonl.
+# ones. The points are records in OUT/fig5.jsonl, which draw the lines of runs that are not there.
 source "$(dirname "$0")/common.sh"
 
 LINES=()
@@ -10,10 +10,11 @@ line() {  # line LABEL RUN FLAGS...: the runs of one line, over all seeds
     shift 2
     for SEED in $SEEDS; do
         local code=0
-        train "$run" "$@" || code=$?
+        local path="$RUNS/$run-seed$SEED"
+        grep -qsF "\"path\": \"$path\"" "$OUT/fig5.jsonl" || train "$run" "$@" || code=$?
         if [ $code = 0 ] || [ $code = 3 ]; then  # 3: it diverged, so its curve ends early
-            runs+=("$RUNS/$run-seed$SEED")
-        else
+            runs+=("$path")
+        elif [ $code != 4 ]; then
             left_out $code "$label, seed $SEED"
         fi
     done
@@ -24,5 +25,5 @@ line "M=10" jempp-m10 --n_steps 10
 line "M=20" jempp-m20 --n_steps 20
 line "M=10, w/o proximity" no-proximity --eps inf
 line "JEM, K=20" jem-k20 "${JEM[@]}"
-python scripts/figures.py curves --records "$OUT/fig5.jsonl" --out "$OUT/figures/fig5_$SCALE.png" \
-    ${LINES[@]+"${LINES[@]}"}
+[ ${#LINES[@]} = 0 ] || python scripts/figures.py curves --records "$OUT/fig5.jsonl" --out "$OUT/figures/fig5_$SCALE.png" \
+    "${LINES[@]}"

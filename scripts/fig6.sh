@@ -9,19 +9,24 @@ case $SCALE in
     tiny)  RUN=evolution KEEP=(--keep_every "${KEEP:-1}") ;;
     *)     RUN=jempp-m10 KEEP=() ;;
 esac
-features
 SEED=${SEEDS%% *}
-code=0
-train "$RUN" --n_steps 10 ${KEEP[@]+"${KEEP[@]}"} || code=$?
-if [ $code = 3 ]; then echo "diverged: what was kept is shown"
-elif [ $code != 0 ]; then left_out $code "Fig. 6"; exit; fi
-FILE="$RUNS/$RUN-seed$SEED/fig6.jsonl"
-if [ -z "${PLAN:-}" ] && [ ! -e "$FILE.measured" ]; then
-    rm -f "$FILE"
-    python eval_jempp.py --load_path "$RUNS/$RUN-seed$SEED"/epoch_*.pt --eval accuracy "${FID[@]}" \
-        --splits test --method "JEM++ (M=10)" --data_root "$DATA" --results "$FILE" \
-        "${EVAL[@]}"
-    cat "$FILE" >> "$OUT/fig6.jsonl"
-    touch "$FILE.measured"
+FILE="$OUT/fig6.jsonl"
+if ! recorded fig6 "$RUN"; then
+    code=0
+    softmax_first "${FID[@]}" || code=$?
+    [ $code != 0 ] || train "$RUN" --n_steps 10 ${KEEP[@]+"${KEEP[@]}"} || code=$?
+    if [ $code = 3 ]; then echo "diverged: what was kept is shown"
+    elif [ $code = 4 ]; then exit
+    elif [ $code != 0 ]; then left_out $code "Fig. 6"; exit; fi
+    NEW="$RUNS/$RUN-seed$SEED/fig6.jsonl"
+    if [ -z "${PLAN:-}" ]; then
+        rm -f "$NEW"
+        python scripts/record_run.py "$RUNS/$RUN-seed$SEED" --method "JEM++ (M=10)" \
+            --name "$SCALE/$RUN-seed$SEED" --results "$NEW"
+        python eval_jempp.py --load_path "$RUNS/$RUN-seed$SEED"/epoch_*.pt --eval accuracy \
+            "${FID[@]}" --splits test --method "JEM++ (M=10)" --data_root "$DATA" \
+            --results "$NEW" "${EVAL[@]}"
+        cat "$NEW" >> "$FILE"
+    fi
 fi
 python scripts/figures.py evolution --records "$FILE" --out "$OUT/figures/fig6_$SCALE.png"

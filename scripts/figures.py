@@ -58,30 +58,31 @@ def curves(args):
     """Test accuracy against epoch: a line for each run, a colour for each label.
 
     A cross marks a divergence. The points are written to --records and replace older ones of the
-    same run folders.
+    same run folders. They stand for a run folder that is not there.
     """
     figure, axis = plots.plt.subplots(figsize=(6, 4))
+    held = records.read_jsonl(args.records) if args.records else []
     points = []
     for number, (label, *runs) in enumerate(args.line):
         for k, run in enumerate(runs):
-            log = records.read_jsonl(Path(run) / "train.jsonl")
-            if not log:
+            own = (list(points_of(label, run)) or
+                   [r for r in held if r["checkpoint"]["path"] == str(run)])
+            if not own:
                 raise program.InputError(f"{run} holds no train.jsonl")
-            draw_curve(axis, log, f"C{number}", label if k == 0 else None)
-            points += points_of(label, run, log)
-    trained = log[0]["args"]
+            draw_curve(axis, own, f"C{number}", label if k == 0 else None)
+            points += own
+    trained = points[0]["training"]
     axis.set(xlabel="epoch", ylabel="test accuracy, %",
              title=f"{trained['dataset']}, {network_name(trained)}, "
-                   f"{log[0]['n_train']} images (x: diverged)")
+                   f"{trained['n_epochs']} epochs (x: diverged)")
     axis.title.set_fontsize(9)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     plots.save_figure(args.out, figure)
     if args.records:
         drawn = {point["checkpoint"]["path"] for point in points}
-        older = [r for r in records.read_jsonl(args.records)
-                 if r["checkpoint"]["path"] not in drawn]
-        records.write_jsonl(args.records, older + points)
+        others = [r for r in held if r["checkpoint"]["path"] not in drawn]
+        records.write_jsonl(args.records, others + points)
 
 
 def overlay(args):
@@ -96,27 +97,33 @@ def overlay(args):
     plots.save_figure(args.out, plots.training_curves(logs, ", ".join(logs)))
 
 
-def draw_curve(axis, log, color, label):
-    points = [(r["epoch"], 100 * r["test_accuracy"]) for r in log if r["kind"] == "eval"]
-    epochs, accuracy = zip(*points, strict=True) if points else ((), ())
+def draw_curve(axis, points, color, label):
+    values = [(r["checkpoint"]["epoch"], 100 * r["value"]) for r in points
+              if r["metric"] == "accuracy"]
+    epochs, accuracy = zip(*values, strict=True) if values else ((), ())
     axis.plot(epochs, accuracy, ".-", color=color, alpha=0.8, label=label)
-    if log[-1].get("reason") == "diverged":
-        at = log[-1]["step"] / log[0]["steps_per_epoch"]
-        axis.plot([at], [accuracy[-1] if accuracy else 0], "x", color=color,
-                  markersize=9, markeredgewidth=2)
+    for r in points:
+        if r["metric"] == "diverged":
+            axis.plot([r["checkpoint"]["epoch"]], [accuracy[-1] if accuracy else 0], "x",
+                      color=color, markersize=9, markeredgewidth=2)
 
 
-def points_of(label, run, log):
-    """Yield the points of a run's curve: one record for each evaluation in its log."""
-    header = records.header_of(log)
+def points_of(label, run):
+    """Yield the points of a run's curve: a record for each evaluation, and for a divergence."""
+    log = records.read_jsonl(Path(run) / "train.jsonl")
+    header = records.header_of(log) if log else None
     for r in log:
-        if r["kind"] == "eval":
+        found = {"metric": "accuracy", "value": r.get("test_accuracy"), "unit": "fraction"}
+        epoch = r.get("epoch")
+        if r.get("reason") == "diverged":
+            found = {"metric": "diverged", "value": r["step"], "unit": "step"}
+            epoch = r["step"] / header["steps_per_epoch"]
+        if r["kind"] == "eval" or found["metric"] == "diverged":
             yield {
-                "metric": "accuracy", "value": r["test_accuracy"], "unit": "fraction",
-                "n": header["n_test"],
+                **found, "n": header["n_test"],
                 "protocol": {"split": "test", "sigma": 0.0, "figure": "fig5"},
                 "checkpoint": {"path": str(run), "sha256": None, "step": r["step"],
-                               "epoch": r["epoch"]},
+                               "epoch": epoch},
                 "overrides": {}, "method": label, "dataset": header["args"]["dataset"],
                 "seed": header["args"]["seed"],
                 "training": records.training_of(header["args"], r["step"], header.get("sampler"),
@@ -125,9 +132,14 @@ def points_of(label, run, log):
 
 
 def evolution(args):
-    """Accuracy and all image metrics in the records against epoch, one panel for each."""
+    """Accuracy and all image metrics in the records against epoch, one panel for each.
+
+    Of several runs in the file the latest is shown.
+    """
     series = defaultdict(dict)
-    for r in measured(args.records, ("accuracy", "is_mean", "fid", "kid", "fd_features")):
+    found = sources.by_time(measured(args.records, ("accuracy", "is_mean", "fid", "kid",
+                                                    "fd_features")))
+    for r in found and sources.of_row(found[-1]["method"], found[-1]["dataset"], found):
         series[r["metric"]][r["checkpoint"]["epoch"]] = r["value"]
     if not series:
         raise program.InputError(f"{args.records} holds no accuracy or image metric")
@@ -244,7 +256,7 @@ def main(argv=None):
     p.add_argument("--out", type=program.path, required=True,
                    help="the picture (robustness: without _linf.png)")
     p.add_argument("--records", type=program.path, default=None,
-                   help="a results file (curves: written, not read)")
+                   help="a results file (curves: also written)")
     p.add_argument("--line", nargs="+", action="append", default=[], metavar="LABEL RUN...",
                    help="a label and its run folders; may be repeated")
     flags.add_data(p)

@@ -4,6 +4,8 @@
 The gap is E(x+) - E(x-). All facts are read from the run folder.
 
     python scripts/record_run.py runs/cpu/jempp-m10-seed1 --method JEM++ --results table5.jsonl
+
+--name goes into the record of the last step, so that scripts know what has been measured.
 """
 
 import sys
@@ -19,6 +21,7 @@ def main(argv=None):
     p = program.parser(__doc__.splitlines()[0])
     p.add_argument("run_dir", type=program.path, help="a run folder of train_jempp.py")
     p.add_argument("--method", required=True, help="its row in the paper")
+    p.add_argument("--name", default=None, help="the run's name in the record of its last step")
     p.add_argument("--results", type=program.path, required=True, metavar="OUT.jsonl",
                    help="append records here")
     args = p.parse_args(argv)
@@ -36,7 +39,8 @@ def main(argv=None):
         "time": end["time"]}
     records.append_jsonl(args.results, {
         "metric": "steps", "value": end["step"], "unit": "step", "n": 1,
-        "protocol": {"reason": end["reason"], "rollbacks": end.get("rollbacks", 0)}, **common})
+        "protocol": {"reason": end["reason"], "rollbacks": end.get("rollbacks", 0)}, **common,
+        **({"run": args.name} if args.name else {})})
     gaps = [r for r in log if r["kind"] == "step" and "gap" in r]
     if gaps:  # a gap is the mean over the steps since the previous record
         steps = [r["step"] for r in gaps[-2:]]

@@ -7,6 +7,5 @@
 # checkpoint that is measured is the last one. SCALE=paper: about two days on one data-centre GPU.
 source "$(dirname "$0")/common.sh"
 
-features
 row sada_jem "SADA-JEM (K=5)" sada-jem $(<scripts/sada_jem.flags) --labelled_batch "$LABELLED" \
     -- --eval accuracy "${FID[@]}" --top 0.9

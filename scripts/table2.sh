@@ -5,7 +5,6 @@
 # recorded. IS and FID need the Inception weights, fd_features does not.
 source "$(dirname "$0")/common.sh"
 
-features
 ALL=(--eval accuracy calibration "${FID[@]}")
 for M in 5 10 20; do
     row table2 "JEM++ (M=$M)" "jempp-m$M" --n_steps $M -- "${ALL[@]}"

@@ -5,7 +5,6 @@
 # epoch 28), 91.1 %.
 source "$(dirname "$0")/common.sh"
 
-features
 ALL=(--eval accuracy calibration "${FID[@]}")
 row table5 "JEM++" jempp-m10 --n_steps 10 -- "${ALL[@]}"
 row table5 "w/o Proximity" no-proximity --eps inf -- "${ALL[@]}"

@@ -102,6 +102,8 @@ def after(flag):
     return words[words.index(flag) + 1]
 with open({calls!r}, "a") as file:
     file.write(json.dumps([program, *words]) + "\\n")
+if program == {broken!r} == "scripts/train_all.py" and sys.stdin.read():
+    sys.exit({code})
 if program == "train_jempp.py":
     if {broken!r} and {broken!r} in words:
         sys.exit("no such data") if {code} == 1 else sys.exit({code})
@@ -109,7 +111,7 @@ if program == "train_jempp.py":
     run.mkdir(parents=True)
     (run / "train.jsonl").write_text('{{"kind": "end", "reason": "finished"}}\\n')
 if program.endswith("record_run.py"):
-    open(after("--results"), "a").write("{{}}\\n")
+    open(after("--results"), "a").write(json.dumps({{"run": after("--name")}}) + "\\n")
 '''
 
 
@@ -189,6 +191,32 @@ def test_rows_of_a_smaller_scale_are_the_papers_in_all_but_size(script, name, sc
             "uniform-bn", "uniform-no-bn", "informative-no-bn"}
 
 
+def test_a_row_that_is_in_the_records_is_done_even_where_its_run_is_not(script, tmp_path):
+    """Records are committed, run folders are not. Another scale's records are another row's."""
+    _, _, first = script("table5", SEEDS="1 2")
+    elsewhere = {"RUNS": str(tmp_path / "elsewhere")}
+    assert len(trained_rows(first)) == 12 and script("table5", SEEDS="1 2", **elsewhere) == (0, "", [])
+    for wanted, n_rows in ({"SEEDS": "3"}, 6), ({"SEEDS": "1", "SCALE": "cpu"}, 6):
+        assert len(trained_rows(script("table5", **elsewhere | wanted)[2])) == n_rows
+
+
+@pytest.mark.parametrize("name", ("table2", "table5", "fig5", "fig6", "digits"))
+def test_a_script_measures_only_what_is_ready(script, tmp_path, name):
+    assert script(name, READY="1", SEEDS="1") == (0, "", [])
+    _, _, commands = script(name, SEEDS="1")
+    (tmp_path / "out").rename(tmp_path / "lost")
+    code, err, measured = script(name, READY="1", SEEDS="1")
+    assert (code, err) == (0, "")
+    assert measured == [words for words in commands if words[0] != "train_jempp.py"]
+
+
+def test_reproduce_measures_what_has_ended_when_its_time_is_over(script):
+    ended = ("scripts/train_all.py", 75)
+    code, err, commands = script("reproduce", *ended, MINUTES="1", SEEDS="1", SCALE="cpu")
+    assert (code, err) == (75, "") and commands[-1][0] == "scripts/make_tables.py"
+    assert "train_jempp.py" not in {program for program, *_ in commands}
+
+
 def test_each_probe_changes_one_thing(script):
     code, err, commands = script("probes", SEEDS="1")
     runs = {method: records.training_of(vars(args), None)
@@ -260,16 +288,21 @@ def test_jems_flags_stand_once():
 # ------------------------------------------------------------------------------- figures
 
 def test_points_of_the_learning_curves_are_records(tmp_path, call):
-    runs = [a_run(tmp_path / f"run{seed}", seed=seed) for seed in (1, 2)]
+    """Drawn once more they stand once, and a run folder that is gone is drawn from them."""
+    runs = [a_run(tmp_path / "run1"), a_run(tmp_path / "run2", seed=2, reason="diverged")]
     file = tmp_path / "fig5.jsonl"
-    for _ in range(2):  # again: in place of those written before
+    for gone in ((), (), runs):
+        for run in gone:
+            (run / "train.jsonl").unlink()
         code, _, err = call(figures.main, ["curves", "--line", "M=5", *runs, "--records", file,
                                            "--out", tmp_path / "fig5.png"])
         assert code == 0, err
     found = records.read_jsonl(file)
+    points = [("M=5", seed, epoch, value, 100) for seed in (1, 2)
+              for epoch, value in ((1, 0.5), (2, 0.75))]
     assert [(r["method"], r["seed"], r["checkpoint"]["epoch"], r["value"], r["n"])
-            for r in found] == [("M=5", seed, epoch, value, 100) for seed in (1, 2)
-                                for epoch, value in ((1, 0.5), (2, 0.75))]
+            for r in found] == [*points, ("M=5", 2, 2, 6, 100)]
+    assert [r["metric"] for r in found] == 4 * ["accuracy"] + ["diverged"]
     assert found[0]["training"]["p_x_weight"] == 1 and found[0]["training"]["step"] == 3
 
 
