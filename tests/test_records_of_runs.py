@@ -169,7 +169,7 @@ CPU = {"depth": 16, "width": 2, "network": "WRN-16-2, stride first, stem stride 
 
 
 @pytest.mark.parametrize(("name", "scale", "size", "n_rows", "buffer_size"), [
-    ("digits", "digits", DIGITS, 20, 290), ("table2", "cpu", CPU, 10, 2000),
+    ("digits", "digits", DIGITS, 22, 290), ("table2", "cpu", CPU, 10, 2000),
     ("table5", "cpu", CPU, 12, 2000), ("table3", "cpu", CPU, 6, 2000)])
 def test_rows_of_a_smaller_scale_are_the_papers_in_all_but_size(script, name, scale, size, n_rows,
                                                                 buffer_size):
@@ -182,13 +182,14 @@ def test_rows_of_a_smaller_scale_are_the_papers_in_all_but_size(script, name, sc
         changed = {k: v for k, v in ours.items() if k in paper and v != paper[k]}
         for free in ("decay_rate", "buffer_size", "amp"):  # --fast turns bf16 on where it pays
             changed.pop(free, None)
-        assert changed == size | {"stride_first": True, "stem_stride": 2}, method
+        ours_alone = {"norm": "none"} if method.endswith("SGD at 0.1") else {}
+        assert changed == size | ours_alone | {"stride_first": True, "stem_stride": 2}, method
         assert args.buffer_size == buffer_size and args.fast and args.keep_every
         assert run.endswith(f"-seed{args.seed}")
     if name == "digits":
         assert {run.split("/")[-1].rsplit("-", 1)[0] for _, run in rows} == {
             "softmax", "jempp-m5", "jempp-m10", "jempp-m20", "jem-k20", "no-proximity", "adam",
-            "uniform-bn", "uniform-no-bn", "informative-no-bn"}
+            "uniform-bn", "uniform-no-bn", "informative-no-bn", "informative-no-bn-sgd"}
 
 
 def test_a_row_that_is_in_the_records_is_done_even_where_its_run_is_not(script, tmp_path):
