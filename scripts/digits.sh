@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # The rows of Tables 2 and 5 on digits: a miniature of the paper's whole schedule, with three seeds.
-# Measures accuracy, calibration, the last energy gap, divergences, rollbacks, and fd_features in the
-# softmax network. A row and seed takes 1 to 10 minutes on one CPU core. Records:
-# results/digits/rows.jsonl.
+# Measures accuracy, calibration, out-of-distribution detection, accuracy under the margin attack, the
+# last energy gap, divergences, rollbacks, and fd_features in the softmax network. A row and seed takes
+# 1 to 10 minutes on one CPU core. Records: results/digits/rows.jsonl.
 SCALE=digits SEEDS=${SEEDS:-1 2 3}
 source "$(dirname "$0")/common.sh"
 
-ALL=(--eval accuracy calibration "${FID[@]}")
-row rows "WRN w/ BN" softmax "${SOFTMAX[@]}" -- --eval accuracy calibration
+ATTACK=(--attacks margin --eps_linf 8 16 32 --eps_l2)
+ALL=("${ATTACK[@]}" --eval accuracy calibration ood robustness "${FID[@]}")
+row rows "WRN w/ BN" softmax "${SOFTMAX[@]}" -- "${ATTACK[@]}" --eval accuracy calibration ood robustness
 for M in 5 10 20; do row rows "JEM++ (M=$M)" "jempp-m$M" --n_steps $M -- "${ALL[@]}"; done
 row rows "JEM (K=20)" jem-k20 "${JEM[@]}" -- "${ALL[@]}"
 row rows "w/o Proximity" no-proximity --eps inf -- "${ALL[@]}"

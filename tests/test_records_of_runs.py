@@ -196,7 +196,8 @@ def test_a_row_that_is_in_the_records_is_done_even_where_its_run_is_not(script, 
     """Records are committed, run folders are not. Another scale's records are another row's."""
     _, _, first = script("table5", SEEDS="1 2")
     elsewhere = {"RUNS": str(tmp_path / "elsewhere")}
-    assert len(trained_rows(first)) == 12 and script("table5", SEEDS="1 2", **elsewhere) == (0, "", [])
+    assert len(trained_rows(first)) == 12
+    assert script("table5", SEEDS="1 2", **elsewhere) == (0, "", [])
     for wanted, n_rows in ({"SEEDS": "3"}, 6), ({"SEEDS": "1", "SCALE": "cpu"}, 6):
         assert len(trained_rows(script("table5", **elsewhere | wanted)[2])) == n_rows
 

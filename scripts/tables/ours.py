@@ -11,10 +11,14 @@ LOG_P_X = {"score": "log_p_x"}
 COMPARED = {  # column: (metric, protocol to match, factor)
     "accuracy %": ("accuracy", {}, 100), "ECE %": ("ece", {}, 100), "gap": ("energy_gap", {}, 1),
     "fd_features": ("fd_features", {}, 1), "L∞ 2/255 %": ("robust_accuracy", MARGIN, 100),
+    "L∞ 16/255 %": ("robust_accuracy", MARGIN | {"eps_255": 16.0}, 100),
     "recalibrated: accuracy %": ("accuracy", {"recalibrated": True}, 100),
     "recalibrated: ECE %": ("ece", {"recalibrated": True}, 100),
     "AUROC CIFAR-100": ("auroc", LOG_P_X | {"out": "cifar100"}, 1),
-    "SVHN": ("auroc", LOG_P_X | {"out": "svhn"}, 1)}
+    "SVHN": ("auroc", LOG_P_X | {"out": "svhn"}, 1),
+    "AUROC interp": ("auroc", LOG_P_X | {"out": "interp"}, 1),
+    "interp by confidence": ("auroc", {"score": "max_p_y", "out": "interp"}, 1),
+    "AUROC uniform": ("auroc", LOG_P_X | {"out": "uniform"}, 1)}
 PUBLISHED = {  # column: (metric, protocol to match, factor, the paper's number for M = 5)
     "accuracy %": ("accuracy", {"split": "test"}, 100, ("table2", "accuracy", {})),
     "ECE %": ("ece", {"split": "test"}, 100, None),
