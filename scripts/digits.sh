@@ -17,6 +17,9 @@ row rows "random init (w/ BN)" uniform-bn --init uniform -- "${ALL[@]}"
 row rows "random init (w/o BN)" uniform-no-bn "${STOP[@]}" --init uniform --norm none \
     --optimizer adam -- "${ALL[@]}"
 row rows "informative init (w/o BN)" informative-no-bn --norm none --optimizer adam -- "${ALL[@]}"
-# not in the paper's table, but said there: without batch norm only Adam at 0.0001 can be used
+# Not in the paper's tables, but said in its text: without batch norm only Adam at 0.0001 can be used, JEM
+# cannot use a larger rate either, and proximity matters most where M is small.
 row rows "informative init (w/o BN), SGD at 0.1" informative-no-bn-sgd "${STOP[@]}" --norm none \
     -- "${ALL[@]}"
+row rows "w/o Proximity (M=5)" no-proximity-m5 --n_steps 5 --eps inf -- "${ALL[@]}"
+row rows "JEM (K=20), Adam at 0.001" jem-k20-fast "${JEM[@]}" --lr 0.001 -- "${ALL[@]}"
