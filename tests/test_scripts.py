@@ -157,6 +157,7 @@ def test_every_table_and_figure_is_made_at_tiny_scale_by_one_command(tmp_path):
 def test_judge_without_a_classifier_is_one_line(monkeypatch, tmp_path):
     for name in ("RUNS", "OUT"):
         monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("JUDGE", str(tmp_path / "none"))
     done = shell("bash", "scripts/judge.sh")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "MODEL=judge bash scripts/train_cpu.sh" in done.stderr
@@ -165,8 +166,8 @@ def test_judge_without_a_classifier_is_one_line(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_judge_adds_a_row_for_each_kind_of_image_once(tmp_path):
     assert train_jempp.main(tiny(tmp_path / "mine", "--n_epochs", "1")) == 0
-    env = {**os.environ, "RUNS": str(tmp_path), "MODELS": "mine", "OUT": str(tmp_path / "out"),
-           "JUDGE": str(tmp_path / "mine/best.pt"), "DATA": str(tmp_path), "N": "20",
+    env = {**os.environ, "RUNS": str(tmp_path), "OUT": str(tmp_path / "out"),
+           "JUDGE": str(tmp_path / "mine/best.pt"), "MODELS": str(tmp_path / "mine/best.pt"), "DATA": str(tmp_path), "N": "20",
            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for _ in range(2):
         done = subprocess.run(["bash", "scripts/judge.sh"], cwd=ROOT, env=env, text=True,
