@@ -25,6 +25,7 @@ SCALE=${SCALE:-paper} SEEDS=${SEEDS:-1} DATA=${DATA:-data}
 RUNS=${RUNS:-runs/$SCALE}
 WORDS=("$@")
 EVAL=(--splits test)  # evaluation flags of the scale
+CHECKPOINT=best.pt    # what is measured
 case $SCALE in
     paper) SIZE=(--depth 28 --width 10) LABELLED=128 ;;
     cpu)   LABELLED=128 RECALIBRATE=5000
@@ -42,7 +43,8 @@ case $SCALE in
            EVAL+=(--attack_restarts 1 --attack_steps 2 --n_attack 20 --chain_steps 10
                  --chain_batch 20 --n_images 100 --is_splits 2 --kid_subset_size 20 --eps_linf 8 --eps_l2 0.5
                  --ood interp uniform) ;;
-    digits) LABELLED=64 RECALIBRATE=1000 DATASETS=${DATASETS:-digits} OUT=${OUT:-results/digits}
+    digits) CHECKPOINT=last.pt  # 137 validation images tie long before the schedule ends
+            LABELLED=64 RECALIBRATE=1000 DATASETS=${DATASETS:-digits} OUT=${OUT:-results/digits}
             SIZE=(--dataset digits --depth 10 --width 2 --stride_first --stem_stride 2
                   --batch_size 32 --n_epochs 75 --warmup_iters 50 --decay_epochs 25 50 62
                   --buffer_size 290 --print_every 20 --keep_every 25 --num_threads 1 --fast)
@@ -96,35 +98,35 @@ train() {
 # FID: the evaluations of generated images. fd_features takes a classifier in place of Inception: the
 # published one at SCALE=cpu, so that rows of different machines are judged alike, else the softmax
 # row of seed 1, which is trained first.
-SOFTMAX_ROW=$RUNS/softmax-seed1/best.pt
+SOFTMAX_ROW=$RUNS/softmax-seed1/$CHECKPOINT
 FID=(fid --features "$SOFTMAX_ROW")
 [ "$SCALE" != cpu ] || FID=(fid --features results/models/cifar10_judge)
 softmax_first() {
     local code=0
     if [[ " $* " = *" $SOFTMAX_ROW "* ]]; then SEED=1 train softmax "${SOFTMAX[@]}" || code=$?; fi
-    [ $code = 3 ] || return $code  # where it diverged, its best checkpoint judges
+    [ $code = 3 ] || return $code  # where it diverged, its checkpoint judges
 }
 
 # recorded TABLE RUN: whether OUT/TABLE.jsonl holds RUN-seed$SEED of this scale.
 recorded() { grep -qsF "\"run\": \"$SCALE/$2-seed$SEED\"" "$OUT/$1.jsonl"; }
 
-# measure TABLE METHOD RUN EVAL_FLAGS...: append the records of RUN's best checkpoint to
+# measure TABLE METHOD RUN EVAL_FLAGS...: append the records of RUN's CHECKPOINT to
 # OUT/TABLE.jsonl under the paper's name METHOD, all at once. A run that diverged is recorded as
 # diverged too.
 measure() {
     local table=$1 method=$2 run=$3-seed$SEED
     shift 3
-    local file="$RUNS/$run/eval/$table.jsonl"
+    local file="$RUNS/$run/eval/$table.jsonl" checkpoint="$RUNS/$run/$CHECKPOINT"
     if [ -n "${PLAN:-}" ]; then return; fi
     mkdir -p "$RUNS/$run/eval"
     rm -f "$file"
     python scripts/record_run.py "$RUNS/$run" --method "$method" --name "$SCALE/$run" \
         --results "$file" || return $?
-    if [ -e "$RUNS/$run/best.pt" ]; then
-        python eval_jempp.py --load_path "$RUNS/$run/best.pt" --labels "$method" --method "$method" \
+    if [ -e "$checkpoint" ]; then
+        python eval_jempp.py --load_path "$checkpoint" --labels "$method" --method "$method" \
             --results "$file" --data_root "$DATA" "${EVAL[@]}" "$@" || return $?
         if [ -n "${RECALIBRATE:-}" ] && [[ " $* " = *" accuracy "* ]]; then
-            python eval_jempp.py --load_path "$RUNS/$run/best.pt" --labels "$method" \
+            python eval_jempp.py --load_path "$checkpoint" --labels "$method" \
                 --method "$method" --results "$file" --data_root "$DATA" --splits test \
                 --eval accuracy calibration --recalibrate_bn "$RECALIBRATE" || return $?
         fi

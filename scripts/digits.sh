@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The rows of Tables 2 and 5 on digits: a miniature of the paper's whole schedule, with three seeds.
-# Measures accuracy, calibration, out-of-distribution detection, accuracy under the margin attack, the
-# last energy gap, divergences, rollbacks, and fd_features in the softmax network. A row and seed takes
-# 1 to 10 minutes on one CPU core. Records: results/digits/rows.jsonl.
+# Measures the last checkpoint: accuracy, calibration, out-of-distribution detection, accuracy under the
+# margin attack, fd_features in the softmax network. And of the run: the last energy gap, divergences,
+# rollbacks. A row and seed takes 1 to 10 minutes on one CPU core. Records: results/digits/rows.jsonl.
 SCALE=digits SEEDS=${SEEDS:-1 2 3}
 source "$(dirname "$0")/common.sh"
 
