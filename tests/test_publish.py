@@ -189,3 +189,15 @@ def test_a_published_model_has_the_accuracy_of_its_card(path, n):
                if r["metric"] == "accuracy" and r["protocol"].get("split") == "test"}
     of_a_part = 4 * (told * (1 - told) / n) ** 0.5  # four standard errors
     assert abs(measured - told) <= (0.001 if n == len(test.y) else of_a_part)
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
+def test_no_published_model_reaches_the_bound_of_the_proximity_constraint(path):
+    """results/README.md says so. The bound is 1, and the gradients are those of a step of a chain."""
+    opened = checkpoint.open_any(path)
+    if opened.buffer is None:
+        pytest.skip("a softmax network")
+    for training in (True, False):
+        opened.model.train(training)
+        gradient = opened.model.energy_gradient(opened.buffer[:100])
+        assert 0.05 < gradient.abs().max() < 0.5
