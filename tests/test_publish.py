@@ -193,7 +193,7 @@ def test_a_published_model_has_the_accuracy_of_its_card(path, n):
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
 def test_no_published_model_reaches_the_bound_of_the_proximity_constraint(path):
-    """results/README.md says so. The bound is 1, and the gradients are those of a step of a chain."""
+    """results/README.md says so. The bound is 1, the gradients are those of a chain's step."""
     opened = checkpoint.open_any(path)
     if opened.buffer is None:
         pytest.skip("a softmax network")

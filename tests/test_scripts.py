@@ -167,7 +167,8 @@ def test_judge_without_a_classifier_is_one_line(monkeypatch, tmp_path):
 def test_judge_adds_a_row_for_each_kind_of_image_once(tmp_path):
     assert train_jempp.main(tiny(tmp_path / "mine", "--n_epochs", "1")) == 0
     env = {**os.environ, "RUNS": str(tmp_path), "OUT": str(tmp_path / "out"),
-           "JUDGE": str(tmp_path / "mine/best.pt"), "MODELS": str(tmp_path / "mine/best.pt"), "DATA": str(tmp_path), "N": "20",
+           **dict.fromkeys(("JUDGE", "MODELS"), str(tmp_path / "mine/best.pt")),
+           "DATA": str(tmp_path), "N": "20",
            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for _ in range(2):
         done = subprocess.run(["bash", "scripts/judge.sh"], cwd=ROOT, env=env, text=True,
