@@ -56,7 +56,8 @@ if [ "$SCALE" = tiny ]; then OUT=${OUT:-$RUNS/results}; else OUT=${OUT:-results}
 if [ -n "${PLAN:-}" ]; then
     python() { if [ "$1" = train_jempp.py ]; then (IFS=$'\t'; printf '%s\n' "$*"); fi; }
 else
-    mkdir -p "$RUNS" "$OUT/figures"
+    mkdir -p "$RUNS" "$OUT/figures" 2>/dev/null && [ -w "$RUNS" ] && [ -w "$OUT" ] ||
+        { echo "$RUNS or $OUT cannot be written: name other folders with RUNS and OUT" >&2; exit 2; }
 fi
 
 # The flags of the paper's baselines. JEM++ is the defaults. By default a run rolls back when it
@@ -112,14 +113,14 @@ recorded() { grep -qsF "\"run\": \"$SCALE/$2-seed$SEED\"" "$OUT/$1.jsonl"; }
 
 # measure TABLE METHOD RUN EVAL_FLAGS...: append the records of RUN's CHECKPOINT to
 # OUT/TABLE.jsonl under the paper's name METHOD, all at once. A run that diverged is recorded as
-# diverged too.
+# diverged too. The file that collects them is this script's own: an evaluation that outlives a killed
+# script writes into none that another fills.
 measure() {
     local table=$1 method=$2 run=$3-seed$SEED
     shift 3
-    local file="$RUNS/$run/eval/$table.jsonl" checkpoint="$RUNS/$run/$CHECKPOINT"
+    local file="$RUNS/$run/eval/$table.$$.jsonl" checkpoint="$RUNS/$run/$CHECKPOINT"
     if [ -n "${PLAN:-}" ]; then return; fi
     mkdir -p "$RUNS/$run/eval"
-    rm -f "$file"
     python scripts/record_run.py "$RUNS/$run" --method "$method" --name "$SCALE/$run" \
         --results "$file" || return $?
     if [ -e "$checkpoint" ]; then
@@ -131,7 +132,8 @@ measure() {
                 --eval accuracy calibration --recalibrate_bn "$RECALIBRATE" || return $?
         fi
     fi
-    cat "$file" >> "$OUT/$table.jsonl"
+    python scripts/keep_records.py "$file" "$OUT/$table.jsonl" || return $?
+    mv "$file" "$RUNS/$run/eval/$table.jsonl"
 }
 
 # row TABLE METHOD RUN FLAGS... -- EVAL_FLAGS...: train and measure one row for every seed.

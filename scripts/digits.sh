@@ -3,6 +3,8 @@
 # Measures the last checkpoint: accuracy, calibration, out-of-distribution detection, accuracy under the
 # margin attack, fd_features in the softmax network. And of the run: the last energy gap, divergences,
 # rollbacks. A row and seed takes 1 to 10 minutes on one CPU core. Records: results/digits/rows.jsonl.
+# fd_features compares rows that one softmax network judges: where RUNS is lost, another one is trained.
+if [ "${SCALE:-digits}" != digits ]; then echo "digits.sh is SCALE=digits: leave SCALE out" >&2; exit 2; fi
 SCALE=digits SEEDS=${SEEDS:-1 2 3}
 source "$(dirname "$0")/common.sh"
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Fig. 5: learning curves of JEM++ with M = 5, 10, 20, without proximity, and of JEM: test accuracy
 # against epoch, with divergences marked. Uses the runs of table2.sh and table5.sh and trains missing
-# ones. The points are records in OUT/fig5.jsonl, which draw the lines of runs that are not there.
+# ones. The points are records in OUT/fig5.jsonl, which draw the lines of runs that are not there. They
+# know a run by its folder, so RUNS has to be the same.
 source "$(dirname "$0")/common.sh"
 
 LINES=()

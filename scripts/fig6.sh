@@ -18,15 +18,15 @@ if ! recorded fig6 "$RUN"; then
     if [ $code = 3 ]; then echo "diverged: what was kept is shown"
     elif [ $code = 4 ]; then exit
     elif [ $code != 0 ]; then left_out $code "Fig. 6"; exit; fi
-    NEW="$RUNS/$RUN-seed$SEED/fig6.jsonl"
+    NEW="$RUNS/$RUN-seed$SEED/fig6.$$.jsonl"
     if [ -z "${PLAN:-}" ]; then
-        rm -f "$NEW"
         python scripts/record_run.py "$RUNS/$RUN-seed$SEED" --method "JEM++ (M=10)" \
             --name "$SCALE/$RUN-seed$SEED" --results "$NEW"
         python eval_jempp.py --load_path "$RUNS/$RUN-seed$SEED"/epoch_*.pt --eval accuracy \
             "${FID[@]}" --splits test --method "JEM++ (M=10)" --data_root "$DATA" \
             --results "$NEW" "${EVAL[@]}"
-        cat "$NEW" >> "$FILE"
+        python scripts/keep_records.py "$NEW" "$FILE"
     fi
 fi
-python scripts/figures.py evolution --records "$FILE" --out "$OUT/figures/fig6_$SCALE.png"
+python scripts/figures.py evolution "$RUNS/$RUN-seed$SEED" --records "$FILE" \
+    --out "$OUT/figures/fig6_$SCALE.png"

@@ -14,4 +14,5 @@ for NORM in linf l2; do
     row fig9 "Adv. training, $NORM" "adversarial-$NORM" "${SOFTMAX[@]}" --adversarial $NORM \
         -- "${ATTACK[@]}"
 done
+if ! grep -qs '"robust_accuracy"' "$OUT/fig9.jsonl"; then exit; fi
 python scripts/figures.py robustness --records "$OUT/fig9.jsonl" --out "$OUT/figures/fig9_$SCALE"

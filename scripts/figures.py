@@ -61,12 +61,14 @@ def curves(args):
     same run folders. They stand for a run folder that is not there.
     """
     figure, axis = plots.plt.subplots(figsize=(6, 4))
-    held = records.read_jsonl(args.records) if args.records else []
+    held = sources.read_lines(Path(args.records), no_curve) if args.records else []
     points = []
     for number, (label, *runs) in enumerate(args.line):
         for k, run in enumerate(runs):
-            own = (list(points_of(label, run)) or
-                   [r for r in held if r["checkpoint"]["path"] == str(run)])
+            older = [r for r in held if r["checkpoint"]["path"] == str(run)]
+            own = list(points_of(label, run))
+            if older and (not own or own[-1]["time"] is None):  # a run that has not ended
+                own = older
             if not own:
                 raise program.InputError(f"{run} holds no train.jsonl")
             draw_curve(axis, own, f"C{number}", label if k == 0 else None)
@@ -83,6 +85,12 @@ def curves(args):
         drawn = {point["checkpoint"]["path"] for point in points}
         others = [r for r in held if r["checkpoint"]["path"] not in drawn]
         records.write_jsonl(args.records, others + points)
+
+
+def no_curve(record):
+    """What is wrong with a point of a curve, or None."""
+    return (sources.complain_of_record(record)
+            or sources.lacking(record.get("checkpoint"), ("path", "epoch"), "checkpoint"))
 
 
 def overlay(args):
@@ -134,15 +142,17 @@ def points_of(label, run):
 def evolution(args):
     """Accuracy and all image metrics in the records against epoch, one panel for each.
 
-    Of several runs in the file the latest is shown.
+    A run folder picks its checkpoints' records. Else all in the file are shown.
     """
     series = defaultdict(dict)
-    found = sources.by_time(measured(args.records, ("accuracy", "is_mean", "fid", "kid",
-                                                    "fd_features")))
-    for r in found and sources.of_row(found[-1]["method"], found[-1]["dataset"], found):
-        series[r["metric"]][r["checkpoint"]["epoch"]] = r["value"]
+    for r in measured(args.records, ("accuracy", "is_mean", "fid", "kid", "fd_features")):
+        checkpoint = r.get("checkpoint") or {}
+        of_run = Path(checkpoint.get("path", "")).parent
+        if "epoch" in checkpoint and (not args.runs or of_run in map(Path, args.runs)):
+            series[r["metric"]][checkpoint["epoch"]] = r["value"]
     if not series:
-        raise program.InputError(f"{args.records} holds no accuracy or image metric")
+        of_run = f" of {' '.join(args.runs)}" if args.runs else ""
+        raise program.InputError(f"{args.records} holds no accuracy or image metric{of_run}")
     figure, axes = plots.plt.subplots(1, len(series), figsize=(3.2 * len(series), 2.8),
                                       squeeze=False)
     for axis, (metric, points) in zip(axes[0], series.items(), strict=True):
@@ -252,7 +262,7 @@ def main(argv=None):
     p = program.parser(__doc__.splitlines()[0])
     p.add_argument("figure", choices=("p0", "curves", "evolution", "robustness", "cost"))
     p.add_argument("runs", nargs="*", metavar="RUN",
-                   help="curves: run folders whose logs to plot together")
+                   help="curves: run folders whose logs to plot together; evolution: the run")
     p.add_argument("--out", type=program.path, required=True,
                    help="the picture (robustness: without _linf.png)")
     p.add_argument("--records", type=program.path, default=None,
@@ -264,7 +274,7 @@ def main(argv=None):
     if args.figure == "curves" and bool(args.runs) == any(len(words) > 1 for words in args.line):
         raise program.InputError("curves: name runs (RUN...), or the lines of Fig. 5 (--line LABEL "
                                  "RUN...)")
-    if args.runs and args.figure != "curves":
+    if args.runs and args.figure not in ("curves", "evolution"):
         raise program.InputError(f"{args.figure} takes no run folders: drop {args.runs[0]}")
     if args.figure in ("evolution", "robustness") and not args.records:
         raise program.InputError(f"{args.figure}: name a results file with --records")

@@ -5,27 +5,47 @@
 #   MODELS   models whose buffer is judged: published folders or checkpoints (the published JEMs)
 #   RUNS     folder of the work (runs)
 # A published JEM holds 300 to 500 images of its buffer. So N is 300: the distance grows as N falls, and
-# only equal N compare. Minutes on a CPU. Records: results/judge.jsonl, where a row that is there is not
-# measured again.
+# only equal N compare, by one judge. Minutes on a CPU. Records: OUT/judge.jsonl, where a row that is there
+# is not measured again.
 export RUNS=${RUNS:-runs}
 source "$(dirname "$0")/common.sh"
 PUBLISHED=results/models
 JUDGE=${JUDGE:-$PUBLISHED/cifar10_judge} N=${N:-300}
 MODELS=${MODELS:-$PUBLISHED/cifar10_wrn16_4 $PUBLISHED/cifar10_wrn16_4_weight1}
 
+[ -z "${PLAN:-}" ] || exit 0
 if [ ! -e "$JUDGE" ]; then
     echo "judge.sh: no classifier $JUDGE: MODEL=judge bash scripts/train_cpu.sh trains it" >&2
+    exit 2
+fi
+for MODEL in $MODELS; do
+    if [ ! -e "$MODEL" ]; then echo "judge.sh: no model $MODEL (MODELS)" >&2; exit 2; fi
+done
+WEIGHTS=$JUDGE
+[ ! -d "$JUDGE" ] || WEIGHTS=$JUDGE/model.safetensors
+SHA=$(sha256sum "$WEIGHTS" | cut -c 1-64)
+if [ -e "$OUT/judge.jsonl" ] && grep -qv "\"n\": $N,.*$SHA" "$OUT/judge.jsonl"; then
+    echo "judge.sh: $OUT/judge.jsonl holds rows of another N or judge: name another OUT" >&2
     exit 2
 fi
 
 # distance METHOD MODEL FLAGS...: one row, unless it is there
 distance() {
-    local file="$RUNS/judge/judge.jsonl" code=0
+    local file="$RUNS/judge/judge.$$.jsonl" code=0
     if grep -qsF "\"method\": \"$1\"" "$OUT/judge.jsonl"; then return; fi
     mkdir -p "$RUNS/judge"
+    rm -f "$file"
     python eval_jempp.py --eval fid --features "$JUDGE" --method "$1" --load_path "$2" \
-        --data_root "$DATA" --n_samples "$N" --results "$file" "${@:3}" || code=$?
-    if [ $code = 0 ]; then tail -n 1 "$file" >> "$OUT/judge.jsonl"; else left_out $code "$1"; fi
+        --data_root "$DATA" --n_samples "$N" --results "$file" "${@:3}" &&
+        python scripts/keep_records.py "$file" "$OUT/judge.jsonl" || code=$?
+    [ $code = 0 ] || left_out $code "$1"
+}
+
+# name_of MODEL: its folder, and the file where that is not best.pt
+name_of() {
+    local path=${1%/best.pt}
+    if [ -d "$path" ]; then basename "$path"
+    else echo "$(basename "$(dirname "$path")")/$(basename "$path")"; fi
 }
 
 FIRST=${MODELS%% *}
@@ -35,4 +55,4 @@ distance "test images" "$FIRST" --source test
 distance "test images with noise 0.1" "$FIRST" --source test --sigma 0.1
 distance "CIFAR-100" "$FIRST" --source cifar100
 distance "class Gaussians" "$FIRST" --source p0
-for MODEL in $MODELS; do distance "buffer of $(basename "${MODEL%/best.pt}")" "$MODEL"; done
+for MODEL in $MODELS; do distance "buffer of $(name_of "$MODEL")" "$MODEL"; done

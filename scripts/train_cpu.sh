@@ -7,8 +7,8 @@
 #   twin    the same network as a classifier alone, 40 epochs, 1.1 PFLOP: 0.9 hours, or 6
 #   paper   the paper's own objective: log p(x) from the start with weight 1, 20 epochs, 1.2 PFLOP: 1 hour,
 #           or 7
-#   judge   a softmax WRN-16-2 with the usual stem, for scripts/judge.sh, 0.55 PFLOP: 1 hour on a core of
-#           0.16 TFLOP/s (measured)
+#   judge   a softmax WRN-16-2 with the usual stem, for scripts/judge.sh, 0.55 PFLOP: half an hour, or 3
+#           (estimates; 1 hour was measured at 0.15 TFLOP/s)
 # DATA: folder of the data sets (downloaded there if missing). RUN: output folder. Flags are passed to
 # train_jempp.py. The same command goes on, so --max_minutes 150 makes sittings of it.
 set -euo pipefail

@@ -12,7 +12,7 @@ from helpers import ROOT
 
 import eval_jempp
 from models import network_name
-from scripts import figures, record_run, train_all
+from scripts import figures, keep_records, record_run, train_all
 from scripts.tables.protocol import JEM, papers_training
 from utils import cli, plots
 from utils.evaluation.evaluations import EVALUATIONS
@@ -20,6 +20,7 @@ from utils.files import records
 
 # ------------------------------------------------------------------------ what a record says
 
+ENV = {"device": "cpu", "cpu": "a", "commit": "b"}
 NAMES = {"sampler": "PYLD-5-5", "network": "WRN-10-1"}
 
 
@@ -29,7 +30,7 @@ def a_run(folder, words=(), evals=(0.5, 0.75), seed=1, **end):
         ["--depth", "10", "--width", "1", "--n_steps", "5", "--seed", str(seed), *words])))
     folder.mkdir()
     records.write_jsonl(folder / "train.jsonl", [
-        {"kind": "header", "step": 0, "args": args, "env": {"device": "cpu"}, "n_test": 100,
+        {"kind": "header", "step": 0, "args": args, "env": ENV, "n_test": 100,
          "n_train": 200, "steps_per_epoch": 3, **NAMES},
         *({"kind": "eval", "step": 3 * epoch, "epoch": epoch, "test_accuracy": value}
           for epoch, value in enumerate(evals, 1)),
@@ -110,6 +111,12 @@ if program == "train_jempp.py":
     run = pathlib.Path(after("--run_dir"))
     run.mkdir(parents=True)
     (run / "train.jsonl").write_text('{{"kind": "end", "reason": "finished"}}\\n')
+    for name in ("best.pt", "last.pt"):
+        (run / name).write_text("")
+if program.endswith("keep_records.py"):
+    open(words[1], "a").write(open(words[0]).read())
+if program.endswith("figures.py") and words[0] == "curves":
+    open(after("--records"), "a").write("".join('{{"path": "%s"}}\\n' % w for w in words))
 if program.endswith("record_run.py"):
     open(after("--results"), "a").write(json.dumps({{"run": after("--name")}}) + "\\n")
 '''
@@ -203,18 +210,75 @@ def test_a_row_that_is_in_the_records_is_done_even_where_its_run_is_not(script, 
     elsewhere = {"RUNS": str(tmp_path / "elsewhere")}
     assert len(trained_rows(first)) == 12
     assert script("table5", SEEDS="1 2", **elsewhere) == (0, "", [])
+    tenth = {"OUT": str(tmp_path / "tenth")}
+    script("table5", SEEDS="10", **tenth)
+    there = {"RUNS": str(tmp_path / "there"), **tenth}
+    assert len(trained_rows(script("table5", SEEDS="1 10", **there)[2])) == 6
     for wanted, n_rows in ({"SEEDS": "3"}, 6), ({"SEEDS": "1", "SCALE": "cpu"}, 6):
         assert len(trained_rows(script("table5", **elsewhere | wanted)[2])) == n_rows
 
 
-@pytest.mark.parametrize("name", ("table2", "table5", "fig5", "fig6", "digits"))
+@pytest.mark.parametrize("name", ("table2", "table5", "fig5", "fig6", "fig9", "digits"))
 def test_a_script_measures_only_what_is_ready(script, tmp_path, name):
-    assert script(name, READY="1", SEEDS="1") == (0, "", [])
-    _, _, commands = script(name, SEEDS="1")
+    """Where the records are lost, the same is measured again, of the checkpoint of the scale."""
+    def said():
+        code, err, commands = script(name, SCALE=scale, SEEDS="1", **ready)
+        assert (code, err) == (0, "")
+        return [[re.sub(r"\.\d+\.jsonl", ".jsonl", word) for word in words]
+                for words in commands if words[0] != "train_jempp.py" or ready]
+
+    scale, ready = "digits" if name == "digits" else "paper", {"READY": "1"}
+    assert said() == []
+    ready = {}
+    first = said()
+    checkpoint = "last.pt" if name == "digits" else "best.pt"
+    loaded = [words[words.index("--load_path") + 1] for words in first if "--load_path" in words]
+    assert name == "fig5" or loaded
+    assert name == "fig6" or all(path.endswith(checkpoint) for path in loaded)
+    ready = {"READY": "1"}
     (tmp_path / "out").rename(tmp_path / "lost")
-    code, err, measured = script(name, READY="1", SEEDS="1")
-    assert (code, err) == (0, "")
-    assert measured == [words for words in commands if words[0] != "train_jempp.py"]
+    assert said() == first
+
+
+def test_the_softmax_network_is_trained_before_a_row_that_it_judges(script, tmp_path):
+    for scale, judge in (("paper", "softmax-seed1/best.pt"), ("cpu", "models/cifar10_judge")):
+        _, _, commands = script("table5", SCALE=scale, SEEDS="2", RUNS=str(tmp_path / scale))
+        trained = [words for words in commands if words[0] == "train_jempp.py"]
+        assert ("softmax-seed1" in str(trained[0])) == (scale == "paper")
+        measured = [words for words in commands if "--features" in words]
+        assert len(measured) == 6
+        assert all(words[words.index("--features") + 1].endswith(judge) for words in measured)
+
+
+@pytest.mark.parametrize("name", ("fig5", "fig6"))
+def test_a_figure_is_drawn_from_records_where_its_runs_are_not(script, tmp_path, name):
+    script(name, SEEDS="1")
+    (tmp_path / "runs").rename(tmp_path / "lost")
+    code, err, ((program, *words),) = script(name, SEEDS="1")
+    assert (code, err, program) == (0, "", "scripts/figures.py") and "--records" in words
+
+
+def test_records_are_kept_all_or_none(tmp_path, call, monkeypatch):
+    """After a line that a crash cut short, and on a disk that fills."""
+    new, kept = tmp_path / "new", tmp_path / "kept"
+    records.write_jsonl(new, [{"a": 1}, {"a": 2}])
+    kept.write_text('{"b": 1}\n{"b": ')
+    write, room = os.write, iter((5, 0))
+
+    def full(handle, data):
+        left = next(room)
+        if not left:
+            raise OSError(28, "No space left on device")
+        return write(handle, data[:left])
+
+    monkeypatch.setattr(os, "write", full)
+    code, _, err = call(keep_records.main, [new, kept])
+    assert code == 2 and len(err.splitlines()) == 1 and kept.read_text() == '{"b": 1}\n'
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["keep_records.py"])
+    assert call(keep_records.main, [new, kept])[0] == 0
+    assert records.read_jsonl(kept) == [{"b": 1}, {"a": 1}, {"a": 2}]
+    assert call(keep_records.main, [tmp_path / "none", kept])[0] == 2
 
 
 def test_reproduce_measures_what_has_ended_when_its_time_is_over(script):
@@ -298,9 +362,13 @@ def test_points_of_the_learning_curves_are_records(tmp_path, call):
     """Drawn once more they stand once, and a run folder that is gone is drawn from them."""
     runs = [a_run(tmp_path / "run1"), a_run(tmp_path / "run2", seed=2, reason="diverged")]
     file = tmp_path / "fig5.jsonl"
-    for gone in ((), (), runs):
-        for run in gone:
-            (run / "train.jsonl").unlink()
+    for gone in (None, "nothing", "the end", "the log"):
+        for run in runs:
+            log = records.read_jsonl(run / "train.jsonl")
+            if gone == "the end":  # of a run that is trained once more
+                records.write_jsonl(run / "train.jsonl", log[:2])
+            elif gone == "the log":
+                (run / "train.jsonl").unlink()
         code, _, err = call(figures.main, ["curves", "--line", "M=5", *runs, "--records", file,
                                            "--out", tmp_path / "fig5.png"])
         assert code == 0, err

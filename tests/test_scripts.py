@@ -154,13 +154,19 @@ def test_every_table_and_figure_is_made_at_tiny_scale_by_one_command(tmp_path):
         assert after == lines and "finished at step" not in said
 
 
-def test_judge_without_a_classifier_is_one_line(monkeypatch, tmp_path):
-    for name in ("RUNS", "OUT"):
-        monkeypatch.setenv(name, str(tmp_path))
-    monkeypatch.setenv("JUDGE", str(tmp_path / "none"))
-    done = shell("bash", "scripts/judge.sh")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "MODEL=judge bash scripts/train_cpu.sh" in done.stderr
+@pytest.mark.parametrize(("name", "env", "complaint"), (
+    ("judge", {"JUDGE": "none"}, "MODEL=judge bash scripts/train_cpu.sh"),
+    ("judge", {"JUDGE": "README.md", "MODELS": "README.md none"}, "no model none"),
+    ("judge", {"JUDGE": "README.md", "MODELS": "README.md", "N": "7"}, "another N or judge"),
+    ("digits", {"SCALE": "tiny"}, "leave SCALE out"), ("reproduce", {"PLAN": "1"}, "no PLAN"),
+    ("table2", {"OUT": "README.md"}, "cannot be written")))
+def test_a_script_that_cannot_do_it_says_so_in_a_line(monkeypatch, tmp_path, name, env, complaint):
+    (tmp_path / "judge.jsonl").write_text('{"n": 300, "protocol": {"features_sha256": "a"}}\n')
+    for key, value in ({"RUNS": str(tmp_path), "OUT": str(tmp_path)} | env).items():
+        monkeypatch.setenv(key, value)
+    done = shell("bash", f"scripts/{name}.sh")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert complaint in done.stderr and not done.stdout
 
 
 @pytest.mark.slow

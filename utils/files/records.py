@@ -124,12 +124,13 @@ def write_jsonl(path, records):
         file.writelines(json.dumps(jsonable(record)) + "\n" for record in records)
 
 
-def append_jsonl(path, record):
-    """Append one record. A lock lets one process append at a time.
+def append_jsonl(path, *records):
+    """Append records, all or none. A lock lets one process append at a time.
+
     A last line that a crash cut short is removed first. A whole last line without a newline stays.
-    InputError if the file is not a JSON-lines file.
+    InputError if the file is not a JSON-lines file, OSError if there is no room.
     """
-    data = json.dumps(jsonable(record)) + "\n"
+    data = "".join(json.dumps(jsonable(record)) + "\n" for record in records)
     with regular(path, "a+b") as file:
         wait_for_lock(file)
         file.seek(0)
@@ -146,7 +147,18 @@ def append_jsonl(path, record):
                 if not text[last:].startswith(b"{"):
                     raise InputError(f"{path} is not a JSON-lines file") from error
                 file.truncate(last)
-        file.write(data.encode())
+        write_whole(file.fileno(), data.encode())
+
+
+def write_whole(handle, data):
+    """Write ``data`` at the end of an open file, or nothing of it if that fails."""
+    end = os.fstat(handle).st_size
+    try:
+        while data:
+            data = data[os.write(handle, data):]
+    except OSError:
+        os.ftruncate(handle, end)
+        raise
 
 
 def check_writable(path):
