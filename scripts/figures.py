@@ -36,6 +36,9 @@ from utils.data import load, spec_of  # noqa: E402
 from utils.files import records  # noqa: E402
 from utils.seeding import seed_step  # noqa: E402
 
+# What a point of a curve tells of its training. The whole of it stands in the records of its row.
+TOLD = {*sources.TRAINING, "network", "p_x_weight", "eps"}
+
 
 def p0(args):
     """Class centres (left) and nine draws from each class Gaussian, for up to 20 classes."""
@@ -120,6 +123,7 @@ def points_of(label, run):
     """Yield the points of a run's curve: a record for each evaluation, and for a divergence."""
     log = records.read_jsonl(Path(run) / "train.jsonl")
     header = records.header_of(log) if log else None
+    training = header and records.training_of(header["args"], None, network=header.get("network"))
     for r in log:
         found = {"metric": "accuracy", "value": r.get("test_accuracy"), "unit": "fraction"}
         epoch = r.get("epoch")
@@ -134,9 +138,9 @@ def points_of(label, run):
                                "epoch": epoch},
                 "overrides": {}, "method": label, "dataset": header["args"]["dataset"],
                 "seed": header["args"]["seed"],
-                "training": records.training_of(header["args"], r["step"], header.get("sampler"),
-                                                header.get("network")),
-                "env": header["env"], "seconds": None, "time": log[-1].get("time")}
+                "training": {k: v for k, v in training.items() if k in TOLD} | {"step": r["step"]},
+                "env": {k: v for k, v in header["env"].items() if k in sources.ENV},
+                "seconds": None, "time": log[-1].get("time")}
 
 
 def evolution(args):
