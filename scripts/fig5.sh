@@ -26,5 +26,6 @@ line "M=10" jempp-m10 --n_steps 10
 line "M=20" jempp-m20 --n_steps 20
 line "M=10, w/o proximity" no-proximity --eps inf
 line "JEM, K=20" jem-k20 "${JEM[@]}"
-[ ${#LINES[@]} = 0 ] || python scripts/figures.py curves --records "$OUT/fig5.jsonl" --out "$OUT/figures/fig5_$SCALE.png" \
+if [ ${#LINES[@]} = 0 ]; then exit; fi
+python scripts/figures.py curves --records "$OUT/fig5.jsonl" --out "$OUT/figures/fig5_$SCALE.png" \
     "${LINES[@]}"

@@ -38,7 +38,7 @@ TITLES = {
     "sada_jem": "SADA-JEM on CIFAR-10, beside its own paper (CVPR 2023)",
 }
 MODELS = "Models to load (results/models)"
-DIGITS = "The rows of Tables 2 and 5 on digits, three seeds"
+DIGITS = "The rows of Tables 2 and 5 on digits"
 JUDGE = "A classifier as the judge of images"
 STATISTICS = "Batch norm's running statistics, as a run leaves them and measured anew"
 OURS = {

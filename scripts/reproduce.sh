@@ -24,4 +24,4 @@ for name in table4_speed "${TRAINED[@]}" fig2_7_8; do
     bash "scripts/$name.sh" "$@" || left_out $? "a part of $name.sh"
 done
 python scripts/make_tables.py --results "$OUT"
-[ -z "${READY:-}" ] || exit 75
+[ $code != 75 ] || exit 75

@@ -271,11 +271,10 @@ def test_records_are_kept_all_or_none(tmp_path, call, monkeypatch):
             raise OSError(28, "No space left on device")
         return write(handle, data[:left])
 
-    monkeypatch.setattr(os, "write", full)
-    code, _, err = call(keep_records.main, [new, kept])
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "write", full)
+        code, _, err = call(keep_records.main, [new, kept])
     assert code == 2 and len(err.splitlines()) == 1 and kept.read_text() == '{"b": 1}\n'
-    monkeypatch.undo()
-    monkeypatch.setattr(sys, "argv", ["keep_records.py"])
     assert call(keep_records.main, [new, kept])[0] == 0
     assert records.read_jsonl(kept) == [{"b": 1}, {"a": 1}, {"a": 2}]
     assert call(keep_records.main, [tmp_path / "none", kept])[0] == 2
