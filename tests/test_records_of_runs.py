@@ -175,8 +175,8 @@ SAID_IN_THE_TEXT = {  # rows of digits.sh that no table of the paper has: a row 
     "informative init (w/o BN), SGD at 0.1": ("JEM++", {"norm": "none"}),
     "w/o Proximity (M=5)": ("w/o Proximity", {"n_steps": 5}),
     "JEM (K=20), Adam at 0.001": ("JEM (K=20)", {"lr": 0.001})}
-CPU = {"depth": 16, "width": 2, "network": "WRN-16-2, stride first, stem stride 2", "n_epochs": 8,
-       "warmup_iters": 500, "decay_epochs": [3, 5, 7]}
+CPU = {"depth": 16, "width": 2, "network": "WRN-16-2, stride first, stem stride 2", "n_epochs": 10,
+       "warmup_iters": 500, "decay_epochs": [4, 6, 8]}
 
 
 @pytest.mark.parametrize(("name", "scale", "size", "n_rows", "buffer_size"), [
