@@ -40,7 +40,7 @@ TITLES = {
 MODELS = "Models to load (results/models)"
 DIGITS = "The rows of Tables 2 and 5 on digits"
 JUDGE = "A classifier as the judge of images"
-STATISTICS = "Batch norm's running statistics, as a run leaves them and measured anew"
+TOGETHER = "The rows of Tables 2, 5 and 3, as a run leaves them and recalibrated"
 OURS = {
     "options": "Options past the paper, one at a time (JEM++, M = 5)",
     "probes": "Short runs: one thing changed at a time",
@@ -189,11 +189,9 @@ def all_tables(folder):
         own = sources.read_results(folder / f"{table}.jsonl", full_scale)
         if own:
             texts[title] = compared(title, own, table)
-    rows = [r for table in ("table2", "table5", "table3") for r in results[table]]
-    both = {(r["method"], r["dataset"]) for r in rows if r["protocol"].get("recalibrate_bn")}
-    if both:
-        texts[STATISTICS] = compared(STATISTICS, [r for r in rows if (r["method"], r["dataset"])
-                                                  in both], "reproduce")
+    rows = sources.each_run_once([results[table] for table in ("table2", "table5", "table3")])
+    if any(r["protocol"].get("recalibrate_bn") for r in rows):
+        texts[TOGETHER] = compared(TOGETHER, rows, "reproduce")
     digits = sources.read_results(folder / "digits" / "rows.jsonl", full_scale)
     if digits:
         texts[DIGITS] = compared(DIGITS, digits, "digits")

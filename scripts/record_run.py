@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Append facts about a run to a results file: its last step, how it ended, its last energy gap.
 
-The gap is E(x+) - E(x-). All facts are read from the run folder.
+The gap is E(x+) - E(x-). All facts are read from the run folder. The seconds are those of the
+training steps, without evaluating and saving, and with the steps that a rollback undid.
 
     python scripts/record_run.py runs/cpu/jempp-m10-seed1 --method JEM++ --results table5.jsonl
 
@@ -35,8 +36,8 @@ def main(argv=None):
         "method": args.method, "dataset": trained["dataset"], "seed": trained["seed"],
         "training": records.training_of(trained, end["step"], header.get("sampler"),
                                         header.get("network")),
-        "checkpoint": None, "overrides": {}, "env": header["env"], "seconds": None,
-        "time": end["time"]}
+        "checkpoint": None, "overrides": {}, "env": header["env"],
+        "seconds": round(records.seconds_of(log), 1), "time": end["time"]}
     records.append_jsonl(args.results, {
         "metric": "steps", "value": end["step"], "unit": "step", "n": 1,
         "protocol": {"reason": end["reason"], "rollbacks": end.get("rollbacks", 0)}, **common,

@@ -34,6 +34,7 @@ def a_run(folder, words=(), evals=(0.5, 0.75), seed=1, **end):
          "n_train": 200, "steps_per_epoch": 3, **NAMES},
         *({"kind": "eval", "step": 3 * epoch, "epoch": epoch, "test_accuracy": value}
           for epoch, value in enumerate(evals, 1)),
+        {"kind": "step", "step": 6, "images_per_s": 32.0},
         {"kind": "end", "step": 6, "reason": "finished", "detail": "", "rollbacks": 2,
          "time": "2026-01-01T00:00:00Z"} | end])
     return folder
@@ -56,6 +57,7 @@ def test_both_programs_that_write_records_say_the_same(tmp_path, call):
     (steps,) = records.read_jsonl(tmp_path / "out")
     args = records.read_jsonl(run / "train.jsonl")[0]["args"]
     assert steps["training"]["p_x_weight"] == 0.1 and steps["protocol"]["rollbacks"] == 2
+    assert steps["seconds"] == 6 * 64 / 32
     opened = namedtuple("Opened", "args step")(args, 6)
     assert eval_jempp.training_of(opened) == steps["training"]
     assert eval_jempp.training_of(opened._replace(args=None)) is None

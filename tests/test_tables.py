@@ -405,8 +405,26 @@ def test_recalibrated_numbers_stand_beside_those_of_the_checkpoint_not_in_their_
     assert code == 0, err
     text, rows = table_of(out, "Table 2")
     assert rows["JEM++ (M=10)"][1] == "80.0†"
-    text, rows = table_of(out, make_tables.STATISTICS)
-    assert rows["`JEM++ (M=10)`"][:3] == ["80.00†", "9.00†", "84.00†"] and "JEM (K" not in text
+    text, rows = table_of(out, make_tables.TOGETHER)
+    assert rows["`JEM++ (M=10)`"][:3] == ["80.00†", "9.00†", "84.00†"]
+    assert rows["`JEM (K=20)`"][:3] == ["60.00†", "–", "–"] and "minutes" not in text
+
+
+def test_a_run_that_two_tables_share_stands_once_with_its_minutes(tables):
+    def row(method, run, seconds):
+        ended = {"run": f"cpu/{run}-seed1", "seconds": seconds}
+        return [record("accuracy", 0.8, method, **SMALL),
+                record("steps", 450, method, protocol={"reason": "finished"}, **SMALL) | ended]
+
+    anew = record("accuracy", 0.84, protocol={"split": "test", "recalibrate_bn": 5000}, **SMALL)
+    code, out, err = tables({
+        "table2": [*row("JEM++ (M=10)", "jempp-m10", 90.0), anew,
+                   *row("WRN w/ BN", "softmax", None)],
+        "table5": [*row("JEM++", "jempp-m10", 90.0), *row("w/ Adam", "adam", 6000.0)]})
+    assert code == 0, err
+    _, rows = table_of(out, make_tables.TOGETHER)
+    assert {row: cells[-1] for row, cells in rows.items() if row.startswith("`")} == {
+        "`JEM++ (M=10)`": "1.5", "`WRN w/ BN`": "–", "`w/ Adam`": "100.0"}
 
 
 def test_a_table_of_several_networks_names_them_all(tables):
@@ -503,8 +521,8 @@ def test_digits_have_a_section_of_their_own_and_stay_out_of_the_papers_tables(ta
         more = {"dataset": "digits", "seed": seed, "step": 3000, "flags": words}
         return [whole("accuracy", accuracy, method, n=360, **more),
                 whole("energy_gap", 0.5, method, protocol={}, **more),
-                whole("steps", 3000, method, **more,
-                      protocol={"reason": "finished", "rollbacks": rollbacks})]
+                whole("steps", 3000, method, **more, protocol={
+                    "reason": "finished", "rollbacks": rollbacks}) | {"seconds": 60.0 * seed}]
 
     (tables.folder / "digits").mkdir()
     lost = whole("diverged", 90, "JEM (K=20)", dataset="digits", flags=words, step=90, n=1)
@@ -512,8 +530,8 @@ def test_digits_have_a_section_of_their_own_and_stay_out_of_the_papers_tables(ta
     code, out, err = tables({"digits/rows": found})
     assert (code, err) == (0, "")
     text, rows = table_of(out, make_tables.DIGITS)
-    assert rows["`JEM++ (M=10)`"] == ["97.00 ± 1.41†", "0.50 ± 0.00†", "2", "0", "2"]
-    assert rows["`JEM (K=20)`"] == ["–", "–", "1", "1", "0"]
+    assert rows["`JEM++ (M=10)`"] == ["97.00 ± 1.41†", "0.50 ± 0.00†", "2", "0", "2", "1.5"]
+    assert rows["`JEM (K=20)`"] == ["–", "–", "1", "1", "0", "–"]
     assert "75 epochs of all images (3,000 steps)" in text and "scripts/digits.sh" in text
     assert table_of(out, "Table 2")[1]["JEM++ (M=10)"][1] == "–"
 

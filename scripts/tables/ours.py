@@ -40,11 +40,12 @@ def markdown_row(cells):
 def compared(title, own_records, script):
     """A table of methods, each trained with one setting and several seeds.
 
-    It gives means ± standard deviation over the seeds that did not diverge, and the numbers of
-    diverged seeds and of rollbacks.
+    It gives means ± standard deviation over the seeds that did not diverge, the numbers of
+    diverged seeds and of rollbacks, and the mean minutes of a seed's training where they are known.
     """
     columns = [c for c in COMPARED if any(fills(r, c) for r in own_records)]
-    head = ["", *columns, "seeds", "diverged", "rollbacks"]
+    timed = any(seconds(own_records))
+    head = ["", *columns, "seeds", "diverged", "rollbacks", *["minutes†"] * timed]
     lines = [f"### {title}", "", markdown_row(head),
              markdown_row(["---"] + ["---:"] * (len(head) - 1))]
     used, datasets, in_time = [], {}, sources.by_time(own_records)
@@ -54,8 +55,10 @@ def compared(title, own_records, script):
         lost = sources.diverged(of_row)
         cells = [mean(of_row, column, lost) for column in columns]
         seeds = {sources.seed_of(r) for r in of_row}
-        counts = len(seeds), len(lost), sum(rollbacks(of_row).values())
-        lines.append(markdown_row([f"`{method}`", *cells, *map(str, counts)]))
+        counts = [str(n) for n in (len(seeds), len(lost), sum(rollbacks(of_row).values()))]
+        if timed:
+            counts.append(minutes(of_row))
+        lines.append(markdown_row([f"`{method}`", *cells, *counts]))
         used += [r for r in of_row if any(fills(r, c) for c in columns)]
         datasets[dataset] = None
     about = f"{', '.join(datasets)}: {described(used, whole=False)}" if used else ""
@@ -77,6 +80,18 @@ def mean(of_row, column, lost):
     x = [COMPARED[column][2] * value for seed, value in latest.items() if seed not in lost]
     spread = f" ± {statistics.stdev(x):.2f}" if len(x) > 1 else ""
     return f"{statistics.mean(x):.2f}{spread}†" if x else NOTHING
+
+
+def seconds(own_records):
+    """The seconds of training of each seed, from the records of its last step."""
+    return {sources.seed_of(r): r["seconds"] for r in own_records
+            if r["metric"] == "steps" and r.get("seconds")}
+
+
+def minutes(of_row):
+    """The cell of the minutes that a seed's training took."""
+    taken = seconds(of_row).values()
+    return f"{statistics.mean(taken) / 60:,.1f}" if taken else NOTHING
 
 
 def distances(title, own_records):

@@ -115,6 +115,20 @@ def by_time(records):
     return sorted(records, key=lambda r: r["time"])
 
 
+def each_run_once(tables):
+    """The records of several tables, without a row whose runs an earlier table shows already."""
+    shown, kept = set(), []
+    for table in tables:
+        runs = {}
+        for r in table:
+            if "run" in r:
+                runs.setdefault((r["method"], r["dataset"]), set()).add(r["run"])
+        again = {row for row, names in runs.items() if names <= shown}
+        kept += [r for r in table if (r["method"], r["dataset"]) not in again]
+        shown.update(*runs.values())
+    return kept
+
+
 def left_out(numbers, records):
     """Yield a sentence for each row that the paper's table lacks or that mixes settings."""
     rows = {(n["row"], n["dataset"]) for n in numbers}
