@@ -25,3 +25,6 @@ row rows "informative init (w/o BN), SGD at 0.1" informative-no-bn-sgd "${STOP[@
     -- "${ALL[@]}"
 row rows "w/o Proximity (M=5)" no-proximity-m5 --n_steps 5 --eps inf -- "${ALL[@]}"
 row rows "JEM (K=20), Adam at 0.001" jem-k20-fast "${JEM[@]}" --lr 0.001 -- "${ALL[@]}"
+# What becomes of the row that our guard ends, if only the released code's rule (|loss| > 1e8) ends it.
+row rows "random init (w/ BN), guard off" uniform-bn-unguarded "${STOP[@]}" --init uniform \
+    --max_gap inf --max_saturated 1 --min_accuracy_ratio 0 -- "${ALL[@]}"
