@@ -152,8 +152,17 @@ def test_mean_and_sample_deviation_over_seeds(tables):
     assert statistics.stdev(values) == pytest.approx(0.06)
     assert rows["JEM++ (M=10)"][:3] == ["93.5", "46.0 ± 6.0 (n=3)†", "-47.5"]
     assert ("† JEM++ (M=10): WRN-10-1, 3 epochs of 4,800 images (450 steps), batch 32, seeds 1–3, "
-            "cpu (Imagined CPU, 2 cores), commit abc1234.") in text
+            "cpu (Imagined CPU, 2 cores); commit abc1234.") in text
     assert "bash scripts/table2.sh" in text and "Inception weights" in text
+
+
+def test_rows_of_different_commits_share_a_footnote_that_names_them(tables):
+    found = [record("accuracy", 0.4, "JEM++ (M=5)", n_steps=5, **SMALL),
+             record("accuracy", 0.5, "JEM++ (M=10)", **SMALL)]
+    found[1]["env"] = found[1]["env"] | {"commit": "def5678abc", "dirty": True}
+    text, _ = table_of(tables({"table2": found})[1], "Table 2")
+    assert text.count("†") == 3 and ("cores); JEM++ (M=5): commit abc1234; JEM++ (M=10): commit "
+                                     "def5678 with changes.") in text
 
 
 def test_full_scale_has_no_dagger(tables):
@@ -461,7 +470,7 @@ def test_any_argument_that_is_not_the_papers_has_a_dagger_and_is_named(tables, f
     found = whole("accuracy", 0.9, flags=flags, step=10**9)
     text, rows = table_of(tables({"table2": [found]})[1], "Table 2")
     assert rows["JEM++ (M=10)"][1] == "90.0†"
-    assert f"; {words}." in text and text.count("(paper") == 1
+    assert f"; {words}; commit" in text and text.count("(paper") == 1
 
 
 def test_a_run_that_only_treats_divergence_otherwise_is_the_papers(tables):
@@ -499,7 +508,7 @@ def test_a_footnote_of_several_rows_says_which_row_is_otherwise(tables):
              whole("accuracy", 0.9, "JEM++ (M=10)", flags=["--depth", "16"])]
     text, _ = table_of(tables({"table2": found})[1], "Table 2")
     assert "† JEM++ (M=5), JEM++ (M=10): WRN" in text
-    assert "; JEM++ (M=5): p_x_weight 0.1 (paper 1)." in text
+    assert "; JEM++ (M=5): p_x_weight 0.1 (paper 1); commit abc1234." in text
 
 
 def test_rollbacks_are_shown(tables):

@@ -164,7 +164,9 @@ def provenance(number, used, full_scale):
         extras.append("fd_features, which is not FID: Fréchet distance in the features of "
                       f"classifier {listed(judges)}")
     foreign = any(r["metric"] != "iteration_ms" and seed_of(r) is None for r in used)
-    return (described(used), tuple(extras)) if short or extras or foreign else (None, ())
+    if not (short or extras or foreign):
+        return None, ()
+    return described(used), (*extras, commits(used))  # rows of other commits share a footnote
 
 
 def word(value):
@@ -189,7 +191,7 @@ def listed(values):
 
 
 def described(used, whole=True):
-    """Network, training, seeds, machine and commit of records trained with the same settings.
+    """Network, training, seeds and machine of records trained with the same settings.
 
     ``whole``: if a run stopped early, also give the number of steps of the whole training.
     """
@@ -203,7 +205,7 @@ def described(used, whole=True):
         words = [f"weights trained by others (sha256 {hashes})"]
     else:
         words = training_words(last["training"], used, whole)
-    return ", ".join(dict.fromkeys([*words, *map(machine, used), *map(commit, used)]))
+    return ", ".join(dict.fromkeys([*words, *map(machine, used)]))
 
 
 def training_words(s, used, whole):
@@ -227,7 +229,9 @@ def machine(record):
     return f"cpu ({env['cpu']})" if env["device"] == "cpu" else env["device"]
 
 
-def commit(record):
-    env = record["env"]
-    changed = " with changes" if env.get("dirty") else ""
-    return f"commit {env['commit'][:7]}{changed}" if env["commit"] else "no commit"
+def commits(used):
+    """"commit 33ad54b", "commits 33ad54b, 14c7b30 with changes", or "no commit"."""
+    envs = [r["env"] for r in used if r["env"]["commit"]]
+    names = dict.fromkeys(env["commit"][:7] + " with changes" * bool(env.get("dirty"))
+                          for env in envs)
+    return f"commit{'s' * (len(names) > 1)} {', '.join(names)}" if names else "no commit"

@@ -3,7 +3,7 @@
 import statistics
 
 from scripts.tables import sources
-from scripts.tables.cells import NOTHING, described, rollbacks
+from scripts.tables.cells import NOTHING, commits, described, rollbacks
 from utils.files import records
 
 MARGIN = {"attack": "margin", "norm": "linf", "eps_255": 2.0}
@@ -61,7 +61,8 @@ def compared(title, own_records, script):
         lines.append(markdown_row([f"`{method}`", *cells, *counts]))
         used += [r for r in of_row if any(fills(r, c) for c in columns)]
         datasets[dataset] = None
-    about = f"{', '.join(datasets)}: {described(used, whole=False)}" if used else ""
+    about = (f"{', '.join(datasets)}: {described(used, whole=False)}, {commits(used)}" if used
+             else "")
     return "\n".join([*lines, "", f"† {about}; `bash scripts/{script}.sh`."])
 
 
