@@ -34,6 +34,7 @@ def main(argv=None):
     p.add_argument("--results", type=program.path, required=True, metavar="OUT.jsonl",
                    help="append records here")
     p.add_argument("--repeats", type=flags.POSITIVE, default=5, help="turns of every row")
+    p.add_argument("--name", default=None, help="written to each record: what has been timed")
     own, rest = p.parse_known_args(argv)
     program.refuse_torchrun("times one process; benchmark_scaling.py times several")
     records.check_writable(own.results)  # now, not after all turns
@@ -67,7 +68,8 @@ def main(argv=None):
             "seed": args.seed,
             "training": records.training_of(
                 vars(args), None, sampler_name(args), network_name(vars(args))),
-            "env": env, "seconds": None, "time": records.now()})
+            "env": env, "seconds": None, "time": records.now(),
+            **({"run": own.name} if own.name else {})})
         ratio = statistics.median(times["JEM"]) / value
         print(f"{row:18s} {value:9.1f} ms   JEM / this {ratio:.2f}")
     return program.EXIT_OK

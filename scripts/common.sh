@@ -22,6 +22,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -x .venv/bin/python ] && export PATH="$PWD/.venv/bin:$PATH"
 
 SCALE=${SCALE:-paper} SEEDS=${SEEDS:-1} DATA=${DATA:-data}
+read -rd '' -a LIST <<<"$SEEDS" || true
+SEEDS=$(printf '%s\n' ${LIST[@]+"${LIST[@]}"} | awk '!there[$0]++' | paste -sd ' ')
+[[ $SEEDS =~ ^(0|[1-9][0-9]*)(\ (0|[1-9][0-9]*))*$ ]] ||
+    { echo "SEEDS is whole numbers with spaces between, as in \"1 2 3\", not \"$SEEDS\"" >&2; exit 2; }
 RUNS=${RUNS:-runs/$SCALE}
 WORDS=("$@")
 EVAL=(--splits test)  # evaluation flags of the scale
@@ -109,8 +113,8 @@ softmax_first() {
     [ $code = 3 ] || return $code  # where it diverged, its checkpoint judges
 }
 
-# recorded TABLE RUN: whether OUT/TABLE.jsonl holds RUN-seed$SEED of this scale.
-recorded() { grep -qsF "\"run\": \"$SCALE/$2-seed$SEED\"" "$OUT/$1.jsonl"; }
+# recorded TABLE RUN: whether OUT/TABLE.jsonl holds RUN of this scale.
+recorded() { grep -qsF "\"run\": \"$SCALE/$2\"" "$OUT/$1.jsonl"; }
 
 # measure TABLE METHOD RUN EVAL_FLAGS...: append the records of RUN's CHECKPOINT to
 # OUT/TABLE.jsonl under the paper's name METHOD, all at once. A run that diverged is recorded as
@@ -145,7 +149,7 @@ row() {
     shift
     for SEED in $SEEDS; do
         local code=0
-        if recorded "$table" "$run"; then continue; fi
+        if recorded "$table" "$run-seed$SEED"; then continue; fi
         softmax_first "$@" || code=$?
         [ $code != 0 ] || train "$run" "${flags[@]}" || code=$?
         if [ $code = 3 ]; then echo "$run-seed$SEED diverged: recorded as such"; code=0; fi

@@ -100,7 +100,7 @@ def overlay(args):
     """Plot everything that the runs logged, one figure for all. Runs are named by their folders."""
     logs = {}
     for run in args.runs:
-        log = records.read_jsonl(Path(run) / "train.jsonl")
+        log = records.read_log(run)
         if not log:
             raise program.InputError(f"{run} holds no train.jsonl")
         name = Path(run).resolve().name
@@ -121,7 +121,7 @@ def draw_curve(axis, points, color, label):
 
 def points_of(label, run):
     """Yield the points of a run's curve: a record for each evaluation, and for a divergence."""
-    log = records.read_jsonl(Path(run) / "train.jsonl")
+    log = records.read_log(run)
     header = records.header_of(log) if log else None
     training = header and records.training_of(header["args"], None, network=header.get("network"))
     for r in log:

@@ -102,9 +102,12 @@ def footnotes(rows):
                     extras.setdefault(extra, {})[row] = None
     for words, (names, extras) in notes.items():
         about = ", ".join(names) if names.keys() < rows.keys() else "all rows"
-        words = [words, *(extra if of.keys() == names.keys() else f"{', '.join(of)}: {extra}"
-                          for extra, of in extras.items())]
-        yield f"† {about}: {'; '.join(words)}"
+        groups = {tuple(names): [words]}  # what holds for all of them first, then what for some
+        for extra, of in extras.items():
+            groups.setdefault(tuple(row for row in names if row in of), []).append(extra)
+        yield f"† {about}: " + ". ".join(
+            f"{', '.join(of)}: " * (of != tuple(names)) + "; ".join(words)
+            for of, words in groups.items())
 
 
 def not_measured(table, rows):
@@ -188,13 +191,13 @@ def all_tables(folder):
     for table, title in OURS.items():
         own = sources.read_results(folder / f"{table}.jsonl", full_scale)
         if own:
-            texts[title] = compared(title, own, table)
+            texts[title] = compared(title, own, f"bash scripts/{table}.sh")
     rows = sources.each_run_once([results[table] for table in ("table2", "table5", "table3")])
     if any(r["protocol"].get("recalibrate_bn") for r in rows):
-        texts[TOGETHER] = compared(TOGETHER, rows, "reproduce")
+        texts[TOGETHER] = compared(TOGETHER, rows, "SCALE=cpu bash scripts/reproduce.sh")
     digits = sources.read_results(folder / "digits" / "rows.jsonl", full_scale)
     if digits:
-        texts[DIGITS] = compared(DIGITS, digits, "digits")
+        texts[DIGITS] = compared(DIGITS, digits, "bash scripts/digits.sh")
     return texts
 
 

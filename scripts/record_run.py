@@ -26,8 +26,8 @@ def main(argv=None):
     p.add_argument("--results", type=program.path, required=True, metavar="OUT.jsonl",
                    help="append records here")
     args = p.parse_args(argv)
-    log = records.read_jsonl(Path(args.run_dir) / "train.jsonl")
-    if not log or log[-1].get("kind") != "end":
+    log = records.read_log(args.run_dir)
+    if not log or log[-1]["kind"] != "end":
         raise program.InputError(f"{args.run_dir} holds no run that has ended (no train.jsonl with "
                                  "a closing line)")
     header = records.header_of(log)
@@ -38,22 +38,30 @@ def main(argv=None):
                                         header.get("network")),
         "checkpoint": None, "overrides": {}, "env": header["env"],
         "seconds": round(records.seconds_of(log), 1), "time": end["time"]}
-    records.append_jsonl(args.results, {
-        "metric": "steps", "value": end["step"], "unit": "step", "n": 1,
-        "protocol": {"reason": end["reason"], "rollbacks": end.get("rollbacks", 0)}, **common,
-        **({"run": args.name} if args.name else {})})
-    gaps = [r for r in log if r["kind"] == "step" and "gap" in r]
-    if gaps:  # a gap is the mean over the steps since the previous record
-        steps = [r["step"] for r in gaps[-2:]]
-        records.append_jsonl(args.results, {
-            "metric": "energy_gap", "value": gaps[-1]["gap"], "unit": "nat", "n": 1,
-            "protocol": {"from_step": steps[0] if len(steps) > 1 else 0, "to_step": steps[-1]},
-            **common})
+    found = [{"metric": "steps", "value": end["step"], "unit": "step", "n": 1,
+              "protocol": {"reason": end["reason"], "rollbacks": end.get("rollbacks", 0)},
+              **common, **({"run": args.name} if args.name else {})}]
+    if gap := last_gap(log):
+        found.append({"metric": "energy_gap", "unit": "nat", "n": 1, **gap, **common})
     if end["reason"] == "diverged":
-        records.append_jsonl(args.results, {
-            "metric": "diverged", "value": end["step"], "unit": "step", "n": 1,
-            "protocol": {"cause": end["detail"]}, **common})
+        found.append({"metric": "diverged", "value": end["step"], "unit": "step", "n": 1,
+                      "protocol": {"cause": end["detail"]}, **common})
+    records.append_jsonl(args.results, *found)
     return program.EXIT_OK
+
+
+def last_gap(log):
+    """The last gap and its steps. None if no chains ran.
+
+    A gap in the log is the mean over the steps since the record before it.
+    """
+    since, found = 0, None
+    for r in log:
+        if r["kind"] == "step" and "gap" in r:
+            found = {"value": r["gap"], "protocol": {"from_step": since, "to_step": r["step"]}}
+        if r["kind"] in ("step", "rollback"):
+            since = r.get("to_step", r["step"])
+    return found
 
 
 if __name__ == "__main__":

@@ -58,6 +58,8 @@ def planned(lines):
     for line in lines:
         if line.startswith(MARK):
             words = line.rstrip("\n").split("\t")[1:]
+            if "--run_dir" not in words[:-1]:
+                raise program.InputError(f"a line of the plan has no --run_dir: {' '.join(words)}")
             runs.setdefault(words[words.index("--run_dir") + 1], words)
     return runs
 
@@ -85,8 +87,7 @@ def cost(words, taken):
 
 def so_far(run):
     """(10^15 operations, seconds) of the steps of a run folder, and how many there are."""
-    path = Path(run) / "train.jsonl"
-    log = records.read_jsonl(path) if path.exists() else []
+    log = records.read_log(run)
     taken = max((r["step"] for r in log if r["kind"] == "step"), default=0)
     if not taken:
         return 0.0, 0.0, 0

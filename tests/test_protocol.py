@@ -160,7 +160,8 @@ def test_figures_2_7_and_8_draw_the_papers_three_data_sets(calls):
 
 def test_table_4_times_the_papers_network_and_its_ten_samplers(calls):
     ((_, words),) = [c for c in calls("table4_speed") if c[0] == "scripts/benchmark_table4.py"]
-    words = [word for i, word in enumerate(words) if "--results" not in words[max(0, i - 1):i + 1]]
+    words = [word for i, word in enumerate(words)
+             if not {"--results", "--name"} & {*words[max(0, i - 1):i + 1]}]
     defaults, found = vars(cli.train_args([])), {}
     for row, flags in benchmark_table4.ROWS.items():
         args = vars(cli.train_args([*words, *flags]))

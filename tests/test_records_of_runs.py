@@ -66,12 +66,39 @@ def test_both_programs_that_write_records_say_the_same(tmp_path, call):
 def test_a_runs_seconds_count_what_was_undone_and_its_latest_header_speaks():
     args = {"labelled_batch": 10, "n_epochs": 1}
     log = [{"kind": "header", "args": args}, {"kind": "step", "step": 4, "images_per_s": 10.0},
-           {"kind": "rollback", "step": 4, "to_step": 1},
+           {"kind": "rollback", "step": 6, "to_step": 1},  # two steps after the last record
            {"kind": "step", "step": 3, "images_per_s": 5.0},
            {"kind": "resume", "args": args | {"n_epochs": 2}},
-           {"kind": "step", "step": 5, "images_per_s": None}]
-    assert records.seconds_of(log) == 4 + 2 * 2
+           {"kind": "end", "step": 5}]
+    assert records.seconds_of(log) == 4 + 2 + 2 * 2 + 2 * 2
     assert records.header_of(log)["args"]["n_epochs"] == 2
+
+
+def test_the_last_gap_is_that_of_the_steps_since_a_rollback(tmp_path, call):
+    run = a_run(tmp_path / "run", reason="diverged", step=8)
+    log = records.read_jsonl(run / "train.jsonl")
+    gap = {"kind": "step", "step": 4, "images_per_s": 1.0, "gap": -1.0}
+    log[-2:-1] = [gap, {"kind": "rollback", "step": 7, "to_step": 0}, gap | {"gap": -2.0}]
+    records.write_jsonl(run / "train.jsonl", log)
+    assert call(record_run.main, [run, "--method", "M", "--results", tmp_path / "out"])[0] == 0
+    steps, last, lost = records.read_jsonl(tmp_path / "out")
+    assert (last["value"], last["protocol"]) == (-2.0, {"from_step": 0, "to_step": 4})
+    assert (lost["value"], steps["seconds"]) == (8, (7 + 8) * 64)
+
+
+@pytest.mark.parametrize(("number", "change"), [
+    (0, {"kind": "resume"}), (0, {"args": None}), (0, {"args": {}}), (0, {"env": "x"}), (1, None),
+    (1, {"kind": 3}), (-2, {"images_per_s": "inf"}), (-2, {"step": None}), (-1, {"reason": None}),
+    (-1, {"time": 3}), (-1, {"step": "6"})])
+def test_what_is_no_training_log_is_refused_before_anything_is_written(tmp_path, call, number,
+                                                                       change):
+    run = a_run(tmp_path / "run")
+    log = records.read_jsonl(run / "train.jsonl")
+    log[number] = change and log[number] | change
+    records.write_jsonl(run / "train.jsonl", log)
+    code, _, err = call(record_run.main, [run, "--method", "M", "--results", tmp_path / "out"])
+    assert code == 2 and "train.jsonl" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_of_results_does_not_make_the_code_look_changed(tmp_path, monkeypatch):
@@ -119,7 +146,7 @@ if program.endswith("keep_records.py"):
     open(words[1], "a").write(open(words[0]).read())
 if program.endswith("figures.py") and words[0] == "curves":
     open(after("--records"), "a").write("".join('{{"path": "%s"}}\\n' % w for w in words))
-if program.endswith("record_run.py"):
+if program.endswith(("record_run.py", "benchmark_table4.py")):
     open(after("--results"), "a").write(json.dumps({{"run": after("--name")}}) + "\\n")
 '''
 
@@ -219,6 +246,19 @@ def test_a_row_that_is_in_the_records_is_done_even_where_its_run_is_not(script, 
     assert len(trained_rows(script("table5", SEEDS="1 10", **there)[2])) == 6
     for wanted, n_rows in ({"SEEDS": "3"}, 6), ({"SEEDS": "1", "SCALE": "cpu"}, 6):
         assert len(trained_rows(script("table5", **elsewhere | wanted)[2])) == n_rows
+
+
+def test_table_4_is_timed_once_a_scale(script):
+    """Else reproduce.sh, going on, would put the times of a busy machine in its place."""
+    for scale, n_timed in (("paper", 1), ("paper", 0), ("cpu", 1), ("cpu", 0)):
+        code, err, commands = script("table4_speed", SCALE=scale)
+        timed = [words for words in commands if words[0].endswith("benchmark_table4.py")]
+        assert (code, err, len(timed)) == (0, "", n_timed)
+
+
+def test_a_seed_that_is_named_twice_is_one_row(script):
+    code, err, commands = script("table5", SEEDS="2  1 2")
+    assert (code, err, len(trained_rows(commands))) == (0, "", 12)
 
 
 @pytest.mark.parametrize("name", ("table2", "table5", "fig5", "fig6", "fig9", "digits"))

@@ -159,6 +159,7 @@ def test_every_table_and_figure_is_made_at_tiny_scale_by_one_command(tmp_path):
     ("judge", {"JUDGE": "README.md", "MODELS": "README.md none"}, "no model none"),
     ("judge", {"JUDGE": "README.md", "MODELS": "README.md", "N": "7"}, "another N or judge"),
     ("digits", {"SCALE": "tiny"}, "leave SCALE out"), ("reproduce", {"PLAN": "1"}, "no PLAN"),
+    *(("table5", {"SEEDS": seeds}, "whole numbers") for seeds in ("1,2", " ", "*", "01", "1 a")),
     ("table2", {"OUT": "README.md"}, "cannot be written")))
 def test_a_script_that_cannot_do_it_says_so_in_a_line(monkeypatch, tmp_path, name, env, complaint):
     (tmp_path / "judge.jsonl").write_text('{"n": 300, "protocol": {"features_sha256": "a"}}\n')

@@ -161,7 +161,7 @@ def test_rows_of_different_commits_share_a_footnote_that_names_them(tables):
              record("accuracy", 0.5, "JEM++ (M=10)", **SMALL)]
     found[1]["env"] = found[1]["env"] | {"commit": "def5678abc", "dirty": True}
     text, _ = table_of(tables({"table2": found})[1], "Table 2")
-    assert text.count("†") == 3 and ("cores); JEM++ (M=5): commit abc1234; JEM++ (M=10): commit "
+    assert text.count("†") == 3 and ("cores). JEM++ (M=5): commit abc1234. JEM++ (M=10): commit "
                                      "def5678 with changes.") in text
 
 
@@ -176,7 +176,7 @@ def test_full_scale_has_no_dagger(tables):
 @pytest.mark.parametrize(("less", "words"), [
     ({"depth": 16}, "WRN-16-10"), ({"width": 2}, "WRN-28-2"), ({"n_epochs": 149}, "149 epochs"),
     ({"n_train": 44999}, "44,999 images"), ({"step": 1000}, "(1,000 of 105,450 steps)"),
-    ({"n": 9999}, "n 9,999 (paper 10,000)"), ({"n_steps": 5}, "n_steps 5 (paper 10)"),
+    ({"n": 9999}, "n of accuracy 9,999 (paper 10,000)"), ({"n_steps": 5}, "n_steps 5 (paper 10)"),
     ({"optimizer": "adam"}, "optimizer adam (paper sgd)"),
     ({"protocol": {"split": "test", "sigma": 0.03}}, "sigma 0.03 (paper 0)")])
 def test_each_way_to_be_smaller_has_a_dagger_and_a_footnote(tables, less, words):
@@ -316,7 +316,7 @@ def test_speed_up_is_the_ratio_within_one_run(tables):
     small = [timing("JEM", 30.0, depth=10), timing("JEM++ M=10 N=5", 20.0, depth=10)]
     text, rows = table_of(tables({"table4": small})[1], "Table 4")
     assert rows["JEM++ M=10 N=5"][2] == "1.50†"
-    assert "† JEM, JEM++ M=10 N=5: one iteration of WRN-10-10, batch 64, cpu (Imagined" in text
+    assert "† JEM, JEM++ M=10 N=5: the time of an iteration of WRN-10-10, batch 64" in text
 
 
 # ------------------------------------------------------------------------- page and errors
@@ -352,6 +352,12 @@ def test_missing_markers_are_one_line(tables):
 @pytest.mark.parametrize(("line", "complaint"), [
     ("{", "not JSON"), ("3", "not a JSON object"), ('{"metric": "accuracy"}', "lacks value"),
     (json.dumps(record("accuracy", "nan")), "not a finite number"),
+    (json.dumps(record("energy_gap", "inf")), "not a finite number"),
+    *((json.dumps(record("steps", 3) | {name: value}), f"{name} {value!r} is no")
+      for name, value in (("method", []), ("dataset", None), ("time", {}), ("run", 3), ("n", "3"),
+                          ("seconds", "3"), ("seconds", -1.0), ("seconds", True))),
+    (json.dumps(record("steps", 3, protocol={"rollbacks": None})), "rollbacks None is no"),
+    (json.dumps(record("accuracy", 0.5) | {"training": None, "checkpoint": None}), "checkpoint"),
     (json.dumps({k: v for k, v in record("fid", 1.0).items() if k != "training"}), "training"),
     (json.dumps(record("fid", 1.0) | {"training": {"seed": 1}}), "training lacks dataset"),
     (json.dumps(timing("JEM", 1.0) | {"protocol": {}}), "protocol lacks run, reference")])
@@ -470,7 +476,7 @@ def test_any_argument_that_is_not_the_papers_has_a_dagger_and_is_named(tables, f
     found = whole("accuracy", 0.9, flags=flags, step=10**9)
     text, rows = table_of(tables({"table2": [found]})[1], "Table 2")
     assert rows["JEM++ (M=10)"][1] == "90.0†"
-    assert f"; {words}; commit" in text and text.count("(paper") == 1
+    assert f"; {words}." in text and text.count("(paper") == 1
 
 
 def test_a_run_that_only_treats_divergence_otherwise_is_the_papers(tables):
@@ -508,7 +514,7 @@ def test_a_footnote_of_several_rows_says_which_row_is_otherwise(tables):
              whole("accuracy", 0.9, "JEM++ (M=10)", flags=["--depth", "16"])]
     text, _ = table_of(tables({"table2": found})[1], "Table 2")
     assert "† JEM++ (M=5), JEM++ (M=10): WRN" in text
-    assert "; JEM++ (M=5): p_x_weight 0.1 (paper 1); commit abc1234." in text
+    assert ". JEM++ (M=5): p_x_weight 0.1 (paper 1)." in text
 
 
 def test_rollbacks_are_shown(tables):

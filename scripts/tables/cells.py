@@ -152,8 +152,8 @@ def provenance(number, used, full_scale):
     short = {}
     for record in used:
         short |= shortfalls(number, record, full_scale)
-    where = f" of {number['out']}" if "out" in number else ""
-    extras = [f"{name + where * (name == 'n_out')} {word(have)} (paper {word(wanted)})"
+    where = {"n": f" of {number['column']}", "n_out": f" of {number.get('out')}"}
+    extras = [f"{name}{where.get(name, '')} {word(have)} (paper {word(wanted)})"
               for name, (have, wanted) in short.items() if name not in IN_EVERY_FOOTNOTE]
     origins = {r["protocol"]["origin"] for r in used if "origin" in (r["protocol"] or {})}
     if origins:  # the user's own files, given the name of the paper's out set
@@ -166,7 +166,7 @@ def provenance(number, used, full_scale):
     foreign = any(r["metric"] != "iteration_ms" and seed_of(r) is None for r in used)
     if not (short or extras or foreign):
         return None, ()
-    return described(used), (*extras, commits(used))  # rows of other commits share a footnote
+    return described(used), (commits(used), *extras)  # rows of other commits share a footnote
 
 
 def word(value):
@@ -199,7 +199,7 @@ def described(used, whole=True):
     if last["metric"] == "iteration_ms":
         s = timed(last)
         network = (last.get("training") or {}).get("network", f"WRN-{s['depth']}-{s['width']}")
-        words = [f"one iteration of {network}", f"batch {s['batch_size']}"]
+        words = [f"the time of an iteration of {network}", f"batch {s['batch_size']}"]
     elif last["training"] is None:
         hashes = listed([str(r["checkpoint"]["sha256"])[:8] for r in used])
         words = [f"weights trained by others (sha256 {hashes})"]

@@ -31,14 +31,16 @@ PUBLISHED = {  # column: (metric, protocol to match, factor, the paper's number 
     "L∞ 2/255 %": ("robust_accuracy", MARGIN, 100, None),
     "L∞ 8/255 %": ("robust_accuracy", MARGIN | {"eps_255": 8.0}, 100, None),
 }
+MINUTES = ("Minutes: the mean over seeds of the time of training steps, diverged runs and undone "
+           "steps included, with other work on the machine.")
 
 
 def markdown_row(cells):
     return f"| {' | '.join(cells)} |"
 
 
-def compared(title, own_records, script):
-    """A table of methods, each trained with one setting and several seeds.
+def compared(title, own_records, command):
+    """A table of methods, each trained with one setting and several seeds, by ``command``.
 
     It gives means ± standard deviation over the seeds that did not diverge, the numbers of
     diverged seeds and of rollbacks, and the mean minutes of a seed's training where they are known.
@@ -63,7 +65,8 @@ def compared(title, own_records, script):
         datasets[dataset] = None
     about = (f"{', '.join(datasets)}: {described(used, whole=False)}, {commits(used)}" if used
              else "")
-    return "\n".join([*lines, "", f"† {about}; `bash scripts/{script}.sh`."])
+    last = f"† {about}; `{command}`." + f" {MINUTES}" * timed
+    return "\n".join([*lines, "", last])
 
 
 def fills(record, column):

@@ -23,7 +23,8 @@ ENV = ("device", "cpu", "commit")
 # of training_of in utils/files/records.py.
 TRAINING = ("dataset", "depth", "width", "norm", "batch_size", "n_epochs", "n_train", "n_steps",
             "in_steps", "optimizer", "lr", "init", "seed")
-SHOWN = ("accuracy", "ece", "auroc", "is_mean", "fid", "fd_features", "iteration_ms", "diverged")
+SHOWN = ("accuracy", "ece", "auroc", "is_mean", "fid", "fd_features", "iteration_ms", "diverged",
+         "energy_gap", "robust_accuracy")
 
 
 def read_lines(path, complaint):
@@ -65,9 +66,8 @@ def complain_of_record(record):
     if wrong:
         return wrong
     value = record["value"]
-    if record["metric"] in SHOWN and not (isinstance(value, int | float) and math.isfinite(value)):
-        return f"value {value!r} is not a finite number"
-    wrong = lacking(record["protocol"], (), "protocol") or lacking(record["env"], ENV, "env")
+    wrong = (lacking(record["protocol"], (), "protocol") or lacking(record["env"], ENV, "env")
+             or complain_of_kinds(record))
     if wrong:
         return wrong
     if timing:
@@ -75,7 +75,28 @@ def complain_of_record(record):
             f"{value} ms is no time" if value <= 0 else None)
     if "training" not in record:
         return "the record lacks training"
-    return None if record["training"] is None else complain_of_training(record["training"])
+    if record["training"] is None:  # weights trained by others
+        return lacking(record.get("checkpoint"), ("sha256",), "checkpoint")
+    return complain_of_training(record["training"])
+
+
+def is_number(value, least=-math.inf):
+    """Whether a value is a finite number, and not below ``least``."""
+    return (isinstance(value, int | float) and not isinstance(value, bool)
+            and math.isfinite(value) and value >= least)
+
+
+def complain_of_kinds(record):
+    """What should be a text or a number in a record, and is none. Else None."""
+    for name in ("metric", "method", "dataset", "time", "run"):
+        if not isinstance(record.get(name, ""), str):
+            return f"{name} {record[name]!r} is no text"
+    if record["metric"] in SHOWN and not is_number(record["value"]):
+        return f"value {record['value']!r} is not a finite number"
+    counts = {name: record[name] for name in ("n", "seconds") if record.get(name) is not None}
+    counts["rollbacks"] = record["protocol"].get("rollbacks", 0)
+    return next((f"{name} {count!r} is not a finite number" for name, count in counts.items()
+                 if not is_number(count, 0)), None)
 
 
 def complain_of_training(training):

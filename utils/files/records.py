@@ -32,6 +32,13 @@ SHOWN = {"split", "score", "out", "attack", "norm", "eps", "eps_255", "source", 
          "steps", "restarts", "chain_steps", "reference"}
 SHOWN_IF = {"sigma", "recalibrate_bn", "company"}
 
+# What the lines of a train.jsonl hold that others read.
+STARTED = {"args": dict, "env": dict}
+IN_A_LOG = {"header": STARTED, "resume": STARTED, "rollback": {"step": int, "to_step": int},
+            "step": {"step": int, "images_per_s": (int, float, type(None))},
+            "end": {"step": int, "reason": str, "detail": str, "time": str}}
+IN_ARGS = {"dataset": str, "seed": int, "batch_size": int}
+
 
 @contextmanager
 def replacing(path, mode="wb", keep_as=None):
@@ -206,16 +213,44 @@ def header_of(log):
     return [r for r in log if r["kind"] in ("header", "resume")][-1]
 
 
+def read_log(run_dir):
+    """The lines of RUN/train.jsonl, [] if there is none. InputError if it is no such log."""
+    path = Path(run_dir) / "train.jsonl"
+    log = read_jsonl(path)
+    for number, line in enumerate(log, 1):
+        wrong = unlike(line, {"kind": str})
+        wrong = wrong or unlike(line, IN_A_LOG.get(line["kind"], {}))
+        if not wrong and "args" in line:
+            wrong = unlike(line["args"], IN_ARGS)
+        if not wrong and number == 1 and line["kind"] != "header":
+            wrong = "a header"
+        if wrong:
+            raise InputError(f"{path}:{number} is no line of a training log: {wrong} is missing or "
+                             "wrong")
+    return log
+
+
+def unlike(line, kinds):
+    """The first of the ``kinds`` {key: type} that is not so in ``line``, or None."""
+    for key, kind in kinds.items():
+        if not isinstance(line, dict) or not isinstance(line.get(key), kind):
+            return key
+    return None
+
+
 def seconds_of(log):
-    """The seconds that the steps of a train.jsonl took, those that were undone included."""
-    n_images, seconds, last = header_of(log)["args"]["labelled_batch"], 0.0, 0
+    """The seconds that the steps of a train.jsonl took, those that were undone included.
+
+    Steps after the last record, before a rollback or the end, count at that record's speed.
+    """
+    args, seconds, last, each = header_of(log)["args"], 0.0, 0, 0.0
+    n_images = args.get("labelled_batch") or args["batch_size"]
     for r in log:
-        if r["kind"] == "rollback":
-            last = r["to_step"]
-        elif r["kind"] == "step":
+        if r["kind"] in ("step", "rollback", "end"):
             if r.get("images_per_s"):
-                seconds += (r["step"] - last) * n_images / r["images_per_s"]
-            last = r["step"]
+                each = n_images / r["images_per_s"]
+            seconds += max(0, r["step"] - last) * each
+            last = r.get("to_step", r["step"])
     return seconds
 
 
