@@ -11,7 +11,7 @@ case $SCALE in
 esac
 SEED=${SEEDS%% *}
 FILE="$OUT/fig6.jsonl"
-if ! recorded fig6 "$RUN"; then
+if ! recorded fig6 "$RUN-seed$SEED"; then
     code=0
     softmax_first "${FID[@]}" || code=$?
     [ $code != 0 ] || train "$RUN" --n_steps 10 ${KEEP[@]+"${KEEP[@]}"} || code=$?
