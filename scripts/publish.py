@@ -37,7 +37,7 @@ def publish(run_dir, out, n_buffer, half=False, start=None):
     ``start`` is the folder of the run with whose best.pt it began (--load_path).
     """
     content = checkpoint.check(read(run_dir / "best.pt"), run_dir / "best.pt")
-    log, begun = records.read_jsonl(run_dir / "train.jsonl"), start and beginning(start, content)
+    log, begun = records.read_log(run_dir), start and beginning(start, content)
     if not log or log[-1].get("reason") != "finished":
         raise program.InputError(f"{run_dir} has not finished: run its training command again")
     if content["buffer"] is not None:
@@ -62,7 +62,7 @@ def beginning(start, content):
     """The account of START/best.pt, with whose weights the run of ``content`` began."""
     if checkpoint.sha256_of(start / "best.pt") != content["args"].get("load_sha256"):
         raise program.InputError(f"the run did not begin with the weights of {start}/best.pt")
-    first, log = read(start / "best.pt"), records.read_jsonl(start / "train.jsonl")
+    first, log = read(start / "best.pt"), records.read_log(start)
     args = records.header_of(log)["args"] | {"max_steps": first["step"]}
     return account([r for r in log if r["step"] <= first["step"]], first["config"], args)
 

@@ -209,7 +209,8 @@ def test_weights_of_others_are_marked(tables):
 
 
 def test_fd_features_is_a_column_of_its_own_and_never_fid(tables):
-    found = record("fd_features", 12.345, protocol={**GENERATED, "features_sha256": "0123456789"})
+    found = record("fd_features", 12.345, protocol={**GENERATED, "n_reference": 60000,
+                                                    "features_sha256": "0123456789"})
     _, before = table_of(tables({})[1], "Table 5")
     assert "fd_features" not in str(before)
     text, rows = table_of(tables({"table5": [found | {"method": "JEM++"}]})[1], "Table 5")
@@ -360,6 +361,7 @@ def test_missing_markers_are_one_line(tables):
     (json.dumps(record("accuracy", 0.5) | {"training": None, "checkpoint": None}), "checkpoint"),
     (json.dumps({k: v for k, v in record("fid", 1.0).items() if k != "training"}), "training"),
     (json.dumps(record("fid", 1.0) | {"training": {"seed": 1}}), "training lacks dataset"),
+    (json.dumps(record("fd_features", 1.0, protocol={})), "protocol lacks reference"),
     (json.dumps(timing("JEM", 1.0) | {"protocol": {}}), "protocol lacks run, reference")])
 def test_a_bad_line_is_named_by_file_and_number(tables, line, complaint):
     good = json.dumps(record("accuracy", 0.9))

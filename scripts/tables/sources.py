@@ -18,6 +18,7 @@ NUMBER = ("table", "row", "column", "dataset", "value", "unit", "printed")
 FULL_SCALE = ("column", "value", "compare")
 RECORD = ("metric", "value", "method", "dataset", "protocol", "env", "time")
 TIMING = ("run", "reference", "n_steps", "in_steps", "depth", "width", "batch_size")
+JUDGED = ("reference", "n_reference", "features_sha256")
 ENV = ("device", "cpu", "commit")
 # The training arguments in every record. The oldest records have no others. Later ones have those
 # of training_of in utils/files/records.py.
@@ -68,6 +69,8 @@ def complain_of_record(record):
     value = record["value"]
     wrong = (lacking(record["protocol"], (), "protocol") or lacking(record["env"], ENV, "env")
              or complain_of_kinds(record))
+    if not wrong and record["metric"] == "fd_features":
+        wrong = lacking(record["protocol"], JUDGED, "protocol")
     if wrong:
         return wrong
     if timing:
