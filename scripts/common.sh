@@ -116,6 +116,9 @@ softmax_first() {
 # recorded TABLE RUN: whether OUT/TABLE.jsonl holds RUN of this scale.
 recorded() { grep -qsF "\"run\": \"$SCALE/$2\"" "$OUT/$1.jsonl"; }
 
+# batch_norm RUN: whether its log's first line does not say that the network has no norm.
+batch_norm() { ! head -n 1 "$RUNS/$1/train.jsonl" | grep -q '"norm": "none"'; }
+
 # measure TABLE METHOD RUN EVAL_FLAGS...: append the records of RUN's CHECKPOINT to
 # OUT/TABLE.jsonl under the paper's name METHOD, all at once. A run that diverged is recorded as
 # diverged too. The file that collects them is this script's own: an evaluation that outlives a killed
@@ -131,7 +134,7 @@ measure() {
     if [ -e "$checkpoint" ]; then
         python eval_jempp.py --load_path "$checkpoint" --labels "$method" --method "$method" \
             --results "$file" --data_root "$DATA" "${EVAL[@]}" "$@" || return $?
-        if [ -n "${RECALIBRATE:-}" ] && [[ " $* " = *" accuracy "* ]]; then
+        if [ -n "${RECALIBRATE:-}" ] && [[ " $* " = *" accuracy "* ]] && batch_norm "$run"; then
             python eval_jempp.py --load_path "$checkpoint" --labels "$method" \
                 --method "$method" --results "$file" --data_root "$DATA" --splits test \
                 --eval accuracy calibration --recalibrate_bn "$RECALIBRATE" || return $?

@@ -50,9 +50,11 @@ def compared(title, own_records, command):
     head = ["", *columns, "seeds", "diverged", "rollbacks", *["minutes†"] * timed]
     lines = [f"### {title}", "", markdown_row(head),
              markdown_row(["---"] + ["---:"] * (len(head) - 1))]
-    used, datasets, in_time = [], {}, sources.by_time(own_records)
-    for method, dataset in dict.fromkeys((r["method"], r["dataset"]) for r in own_records
-                                         if r["metric"] in ("accuracy", "diverged")):
+    used, in_time = [], sources.by_time(own_records)
+    rows = dict.fromkeys((r["method"], r["dataset"]) for r in own_records
+                         if r["metric"] in ("accuracy", "diverged"))
+    datasets = list(dict.fromkeys(dataset for _, dataset in rows))
+    for method, dataset in rows:
         of_row = sources.of_row(method, dataset, in_time)
         lost = sources.diverged(of_row)
         cells = [mean(of_row, column, lost) for column in columns]
@@ -60,9 +62,9 @@ def compared(title, own_records, command):
         counts = [str(n) for n in (len(seeds), len(lost), sum(rollbacks(of_row).values()))]
         if timed:
             counts.append(minutes(of_row))
-        lines.append(markdown_row([f"`{method}`", *cells, *counts]))
+        where = f" {dataset}" * (len(datasets) > 1)
+        lines.append(markdown_row([f"`{method}`{where}", *cells, *counts]))
         used += [r for r in of_row if any(fills(r, c) for c in columns)]
-        datasets[dataset] = None
     about = (f"{', '.join(datasets)}: {described(used, whole=False)}, {commits(used)}" if used
              else "")
     last = f"† {about}; `{command}`." + f" {MINUTES}" * timed
