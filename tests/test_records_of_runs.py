@@ -139,7 +139,8 @@ if program == "train_jempp.py":
         sys.exit("no such data") if {code} == 1 else sys.exit({code})
     run = pathlib.Path(after("--run_dir"))
     run.mkdir(parents=True)
-    (run / "train.jsonl").write_text('{{"kind": "end", "reason": "finished"}}\\n')
+    header = json.dumps({{"args": {{"norm": after("--norm") if "--norm" in words else "batch"}}}})
+    (run / "train.jsonl").write_text(header + '\\n{{"kind": "end", "reason": "finished"}}\\n')
     for name in ("best.pt", "last.pt"):
         (run / name).write_text("")
 if program.endswith("keep_records.py"):
@@ -254,6 +255,12 @@ def test_table_4_is_timed_once_a_scale(script):
         code, err, commands = script("table4_speed", SCALE=scale)
         timed = [words for words in commands if words[0].endswith("benchmark_table4.py")]
         assert (code, err, len(timed)) == (0, "", n_timed)
+
+
+def test_networks_with_batch_norm_are_measured_with_statistics_measured_anew_too(script):
+    _, _, commands = script("table5", SCALE="cpu", SEEDS="1")
+    anew = [words[words.index("--method") + 1] for words in commands if "--recalibrate_bn" in words]
+    assert anew == ["JEM++", "w/o Proximity", "w/ Adam", "random init (w/ BN)"]
 
 
 def test_a_seed_that_is_named_twice_is_one_row(script):
