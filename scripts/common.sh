@@ -86,13 +86,13 @@ left_out() {
 ended() { grep -q "\"kind\": \"end\".*\"reason\": \"$2\"" "$RUNS/$1/train.jsonl" 2>/dev/null; }
 
 # train RUN FLAGS...: train RUN-seed$SEED or continue it. Returns 3 if it diverged for good, 4 if
-# READY and it has not ended.
+# READY and it has not ended, which a line says.
 train() {
     local run=$1-seed$SEED
     shift
     if ended "$run" diverged; then return 3; fi
     if ! ended "$run" finished; then
-        [ -z "${READY:-}" ] || return 4
+        [ -z "${READY:-}" ] || { echo "$run has not ended: not measured"; return 4; }
         [ -n "${PLAN:-}" ] || echo "== $run"
         python train_jempp.py --data_root "$DATA" --run_dir "$RUNS/$run" --seed "$SEED" \
             "$@" "${SIZE[@]}" ${WORDS[@]+"${WORDS[@]}"} || return $?

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Fig. 5: learning curves of JEM++ with M = 5, 10, 20, without proximity, and of JEM: test accuracy
 # against epoch, with divergences marked. Uses the runs of table2.sh and table5.sh and trains missing
-# ones. The points are records in OUT/fig5.jsonl, which draw the lines of runs that are not there. They
-# know a run by its folder, so RUNS has to be the same.
+# ones. The points are records in OUT/fig5.jsonl, which draw the lines of runs that are not there.
 source "$(dirname "$0")/common.sh"
 
 LINES=()
@@ -11,10 +10,9 @@ line() {  # line LABEL RUN FLAGS...: the runs of one line, over all seeds
     shift 2
     for SEED in $SEEDS; do
         local code=0
-        local path="$RUNS/$run-seed$SEED"
-        grep -qsF "\"path\": \"$path\"" "$OUT/fig5.jsonl" || train "$run" "$@" || code=$?
+        recorded fig5 "$run-seed$SEED" || train "$run" "$@" || code=$?
         if [ $code = 0 ] || [ $code = 3 ]; then  # 3: it diverged, so its curve ends early
-            runs+=("$path")
+            runs+=("$RUNS/$run-seed$SEED")
         elif [ $code != 4 ]; then
             left_out $code "$label, seed $SEED"
         fi
@@ -27,5 +25,5 @@ line "M=20" jempp-m20 --n_steps 20
 line "M=10, w/o proximity" no-proximity --eps inf
 line "JEM, K=20" jem-k20 "${JEM[@]}"
 if [ ${#LINES[@]} = 0 ]; then exit; fi
-python scripts/figures.py curves --records "$OUT/fig5.jsonl" --out "$OUT/figures/fig5_$SCALE.png" \
-    "${LINES[@]}"
+python scripts/figures.py curves --scale "$SCALE" --records "$OUT/fig5.jsonl" \
+    --out "$OUT/figures/fig5_$SCALE.png" "${LINES[@]}"

@@ -8,7 +8,7 @@
     python scripts/figures.py robustness --records fig9.jsonl --out fig9            # Fig. 9
     python scripts/figures.py cost --out cost.png       # accuracy against operations, all models
 
-``curves --line`` also writes its points to --records FILE.
+``curves --line`` also writes its points to --records FILE, under the runs' names (--scale).
 """
 
 import statistics
@@ -61,15 +61,16 @@ def curves(args):
     """Test accuracy against epoch: a line for each run, a colour for each label.
 
     A cross marks a divergence. The points are written to --records and replace older ones of the
-    same run folders. They stand for a run folder that is not there.
+    same runs. They stand for a run folder that is not there.
     """
     figure, axis = plots.plt.subplots(figsize=(6, 4))
     held = sources.read_lines(Path(args.records), no_curve) if args.records else []
     points = []
     for number, (label, *runs) in enumerate(args.line):
         for k, run in enumerate(runs):
-            older = [r for r in held if r["checkpoint"]["path"] == str(run)]
-            own = list(points_of(label, run))
+            name = f"{args.scale}/{Path(run).name}" if args.scale else str(run)
+            older = [r for r in held if r["run"] == name]
+            own = list(points_of(label, run, name))
             if older and (not own or own[-1]["time"] is None):  # a run that has not ended
                 own = older
             if not own:
@@ -85,15 +86,15 @@ def curves(args):
     axis.legend(fontsize=8)
     plots.save_figure(args.out, figure)
     if args.records:
-        drawn = {point["checkpoint"]["path"] for point in points}
-        others = [r for r in held if r["checkpoint"]["path"] not in drawn]
+        drawn = {point["run"] for point in points}
+        others = [r for r in held if r["run"] not in drawn]
         records.write_jsonl(args.records, others + points)
 
 
 def no_curve(record):
     """What is wrong with a point of a curve, or None."""
-    return (sources.complain_of_record(record)
-            or sources.lacking(record.get("checkpoint"), ("path", "epoch"), "checkpoint"))
+    return (sources.complain_of_record(record) or sources.lacking(record, ("run",), "the record")
+            or sources.lacking(record.get("checkpoint"), ("epoch",), "checkpoint"))
 
 
 def overlay(args):
@@ -119,8 +120,11 @@ def draw_curve(axis, points, color, label):
                       color=color, markersize=9, markeredgewidth=2)
 
 
-def points_of(label, run):
-    """Yield the points of a run's curve: a record for each evaluation, and for a divergence."""
+def points_of(label, run, name):
+    """Yield the points of a run's curve: a record for each evaluation, and for a divergence.
+
+    ``name`` is the run's in the records.
+    """
     log = records.read_log(run)
     header = records.header_of(log) if log else None
     training = header and records.training_of(header["args"], None, network=header.get("network"))
@@ -136,7 +140,8 @@ def points_of(label, run):
                 "protocol": {"split": "test", "sigma": 0.0, "figure": "fig5"},
                 "checkpoint": {"path": str(run), "sha256": None, "step": r["step"],
                                "epoch": epoch},
-                "overrides": {}, "method": label, "dataset": header["args"]["dataset"],
+                "overrides": {}, "run": name, "method": label,
+                "dataset": header["args"]["dataset"],
                 "seed": header["args"]["seed"],
                 "training": {k: v for k, v in training.items() if k in TOLD} | {"step": r["step"]},
                 "env": {k: v for k, v in header["env"].items() if k in sources.ENV},
@@ -146,13 +151,14 @@ def points_of(label, run):
 def evolution(args):
     """Accuracy and all image metrics in the records against epoch, one panel for each.
 
-    A run folder picks its checkpoints' records. Else all in the file are shown.
+    A run folder picks its checkpoints' records, wherever the folder was. Else all in the file are
+    shown.
     """
-    series = defaultdict(dict)
+    series, names = defaultdict(dict), {Path(run).name for run in args.runs}
     for r in measured(args.records, ("accuracy", "is_mean", "fid", "kid", "fd_features")):
         checkpoint = r.get("checkpoint") or {}
-        of_run = Path(checkpoint.get("path", "")).parent
-        if "epoch" in checkpoint and (not args.runs or of_run in map(Path, args.runs)):
+        of_run = Path(checkpoint.get("path", "")).parent.name
+        if "epoch" in checkpoint and (not names or of_run in names):
             series[r["metric"]][checkpoint["epoch"]] = r["value"]
     if not series:
         of_run = f" of {' '.join(args.runs)}" if args.runs else ""
@@ -271,6 +277,8 @@ def main(argv=None):
                    help="the picture (robustness: without _linf.png)")
     p.add_argument("--records", type=program.path, default=None,
                    help="a results file (curves: also written)")
+    p.add_argument("--scale", default=None,
+                   help="curves: RUN's name in the records is SCALE/FOLDER (default: its path)")
     p.add_argument("--line", nargs="+", action="append", default=[], metavar="LABEL RUN...",
                    help="a label and its run folders; may be repeated")
     flags.add_data(p)
