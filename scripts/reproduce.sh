@@ -9,7 +9,8 @@ if [ -n "${PLAN:-}" ]; then echo "reproduce.sh takes no PLAN: the scripts of tab
 source "$(dirname "$0")/common.sh"
 export SCALE SEEDS DATA RUNS OUT
 
-TOGETHER=(--jobs "${JOBS:-1}" ${MINUTES:+--max_minutes "$MINUTES"})
+TOGETHER=(--jobs "${JOBS:-1}" ${MINUTES:+--max_minutes "$MINUTES"}
+          --records "$OUT"/{table2,table5,fig9,table3}.jsonl)
 python scripts/train_all.py "${TOGETHER[@]}" </dev/null  # bad JOBS or MINUTES end it here
 code=0
 TRAINED=(table2 table5 table7 fig5 fig6 fig9 fig10_11 table3 fig3_4_12 fig13_22)

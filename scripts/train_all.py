@@ -4,9 +4,9 @@
     PLAN=1 bash scripts/table2.sh | python scripts/train_all.py --jobs 2
 
 Reads the plan from standard input. Before each run a line tells its cost in operations, and about
-how long it takes at the rate of the runs in the same folder so far. A run's own output goes to
-RUN.log. The same command again goes on. Exit codes: 0 all ended, 2 some could not be trained, 75
-stopped early.
+how long it takes at the rate of the runs in the same folder so far, or else of the rows of this
+scale in --records. A run's own output goes to RUN.log. The same command again goes on. Exit codes:
+0 all ended, 2 some could not be trained, 75 stopped early.
 """
 
 import functools
@@ -28,6 +28,7 @@ if __name__ == "__main__":
     start.begin()  # before the imports, which take seconds
 
 from scripts.operations import network_of, run_pflop  # noqa: E402
+from scripts.tables import sources  # noqa: E402
 from utils import cli, flags, program  # noqa: E402
 from utils.data import load_splits, spec_of  # noqa: E402
 from utils.files import records  # noqa: E402
@@ -96,19 +97,40 @@ def so_far(run):
     return run_pflop(vars(args), config_of(args), header["n_train"], taken), seconds, taken
 
 
-def about(run, words):
-    """The line before a run: its cost, and its time at the rate of all runs beside it."""
+def timed_rows(files):
+    """The records of all runs' last steps in files of records, where they tell the seconds."""
+    return [r for file in files for r in sources.read_lines(Path(file), sources.complain_of_record)
+            if r["metric"] == "steps" and r.get("seconds") and "run" in r]
+
+
+def pflop_of(row):
+    """10^15 operations of a row, from its record."""
+    trained = row["training"]
+    return run_pflop(trained, config_of(SimpleNamespace(**trained)), trained["n_train"] or 45000,
+                     trained["step"])
+
+
+def about(run, words, rows=()):
+    """The line before a run: its cost, and its time at the rate of all runs beside it.
+
+    If there are none, at the rate of those ``rows`` (records) that are of the same scale.
+    """
     try:
         left = cost(words, so_far(run)[2])
         done = [so_far(path.parent) for path in Path(run).parent.glob("*/train.jsonl")]
     except program.InputError:  # training will tell
         return run
-    seconds = sum(s for _, s, _ in done)
+    rates, where = [(pflop, seconds) for pflop, seconds, _ in done if seconds], ""
+    if not rates:
+        rows = [r for r in rows if r["run"].startswith(f"{Path(run).parent.name}/")]
+        rates = [(pflop_of(r), r["seconds"]) for r in rows]
+        where = "".join(f" on the {r['env']['device']} of the records ({r['env']['cpu']})"
+                        for r in rows[-1:])
     line = f"{run}: {left:.2g}·10¹⁵ operations"
-    if not seconds:
+    if not rates:
         return f"{line} (how long they take here is known after the first run)"
-    minutes = left * seconds / sum(pflop for pflop, _, _ in done) / 60
-    return f"{line}, about {minutes:,.0f} minutes"
+    minutes = left * sum(s for _, s in rates) / sum(pflop for pflop, _ in rates) / 60
+    return f"{line}, about {minutes:,.0f} minutes{where}"
 
 
 def begin(run, words, stop, threads):
@@ -122,15 +144,18 @@ def begin(run, words, stop, threads):
                                 env=os.environ | {"OMP_NUM_THREADS": str(threads)})
 
 
-def train_all(runs, jobs, stop):
-    """Train all ``runs``, ``jobs`` at a time. Returns the exit codes by run."""
+def train_all(runs, jobs, stop, rows=()):
+    """Train all ``runs``, ``jobs`` at a time. Returns the exit codes by run.
+
+    Records of other ``rows`` tell about how long a run takes.
+    """
     waiting, running, codes = list(runs), {}, {}
     threads = max(1, (os.cpu_count() or 1) // jobs)
     told = False
     while running or (waiting and not stop.signal and stop.minutes() > 0):
         while waiting and len(running) < jobs and not stop.signal and stop.minutes() > 0:
             run = waiting.pop(0)
-            program.say(about(run, runs[run]))
+            program.say(about(run, runs[run], rows))
             running[run] = begin(run, runs[run], stop, threads)
         if stop.signal and not told:
             told = True
@@ -155,9 +180,12 @@ def main(argv=None):
                    help="runs at a time, each with its share of the CPU's cores")
     p.add_argument("--max_minutes", type=flags.STEP, default=math.inf,
                    help="save and stop after this many minutes (exit code 75)")
+    p.add_argument("--records", type=program.path, nargs="*", default=[], metavar="FILE",
+                   help="tables' records, which tell how long a row takes")
     args = p.parse_args(argv)
     runs = planned(sys.stdin)
-    codes = train_all(runs, args.jobs, Stop(args.max_minutes)).values()
+    codes = train_all(runs, args.jobs, Stop(args.max_minutes),
+                      timed_rows(args.records)).values()
     if program.EXIT_STOPPED in codes or -signal.SIGTERM in codes:
         return program.EXIT_STOPPED
     return program.EXIT_INPUT if set(codes) - {program.EXIT_OK, program.EXIT_DIVERGED} else 0

@@ -14,7 +14,8 @@ from helpers import RELEASED, tiny
 
 import train_jempp
 from scripts import train_all
-from utils.files.records import read_jsonl, write_jsonl
+from utils import cli
+from utils.files.records import read_jsonl, training_of, write_jsonl
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def runs(monkeypatch, tmp_path, call):
     def run(endings, *flags):
         monkeypatch.setattr(train_all, "begin", lambda run, words, stop, threads: subprocess.Popen(
             [sys.executable, "-c", words[0]]))
-        monkeypatch.setattr(train_all, "about", lambda run, words: f"{run}: begins")
+        monkeypatch.setattr(train_all, "about", lambda run, *_: f"{run}: begins")
         plan = "".join(f"train_jempp.py\t{code}\t--run_dir\t{name}\n"
                        for name, code in endings.items())
         monkeypatch.setattr(sys, "stdin", io.StringIO("== a row\n" + 2 * plan))
@@ -60,6 +61,25 @@ def test_a_signal_stops_all_runs_and_the_rest_wait(runs):
 
 def test_no_run_begins_when_the_time_is_over(runs):
     assert runs({"a": FINE}, "--max_minutes", "1e-9") == (75, [])
+
+
+def test_a_line_tells_how_long_a_run_took_in_the_records(tmp_path):
+    """Two rows of this scale at 0.2 and 0.1 PFLOP/s, one of another."""
+    words = tiny(tmp_path / "cpu" / "a", *RELEASED, "--n_epochs", "4")
+    pflop = train_all.cost(words, 0)
+    trained = training_of(vars(cli.train_args(words)), 4 * 3)
+    row = {"metric": "steps", "value": 12, "n": 1, "method": "a", "dataset": "digits",
+           "protocol": {}, "env": {"device": "cpu", "cpu": "old one", "commit": "b"},
+           "time": "2026-01-01T00:00:00Z", "training": trained}
+    write_jsonl(tmp_path / "t.jsonl", [
+        row | {"run": name, "seconds": seconds} for name, seconds in (
+            ("cpu/a", 3600), ("cpu/b", 7200), ("digits/a", 1), ("cpu/unknown", None))])
+    rows = train_all.timed_rows([tmp_path / "t.jsonl", tmp_path / "none"])
+    line = train_all.about(str(tmp_path / "cpu" / "a"), words, rows)
+    assert f"{pflop:.2g}·10" in line and "about 90 minutes on the cpu of the records" in line
+    assert "(old one)" in line
+    line = train_all.about(str(tmp_path / "tiny" / "a"), words, rows)
+    assert "known after the first run" in line
 
 
 def test_a_line_tells_how_long_a_run_takes_from_those_beside_it(tmp_path, call):
