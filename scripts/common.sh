@@ -29,6 +29,7 @@ SEEDS=$(printf '%s\n' ${LIST[@]+"${LIST[@]}"} | awk '!there[$0]++' | paste -sd '
 RUNS=${RUNS:-runs/$SCALE}
 WORDS=("$@")
 EVAL=(--splits test)  # evaluation flags of the scale
+PICTURES=()
 CHECKPOINT=best.pt    # what is measured
 case $SCALE in
     paper) SIZE=(--depth 28 --width 10) LABELLED=128 ;;
@@ -120,13 +121,13 @@ recorded() { grep -qsF "\"run\": \"$SCALE/$2\"" "$OUT/$1.jsonl"; }
 batch_norm() { ! head -n 1 "$RUNS/$1/train.jsonl" | grep -q '"norm": "none"'; }
 
 # measure TABLE METHOD RUN EVAL_FLAGS...: append the records of RUN's CHECKPOINT to
-# OUT/TABLE.jsonl under the paper's name METHOD, all at once. A run that diverged is recorded as
-# diverged too. The file that collects them is this script's own: an evaluation that outlives a killed
+# OUT/TABLE.jsonl under the paper's name METHOD, all at once, and copy the evaluation's PICTURES to
+# OUT/figures. A run that diverged is recorded as diverged too. The file that collects them is this script's own: an evaluation that outlives a killed
 # script writes into none that another fills.
 measure() {
     local table=$1 method=$2 run=$3-seed$SEED
     shift 3
-    local file="$RUNS/$run/eval/$table.$$.jsonl" checkpoint="$RUNS/$run/$CHECKPOINT"
+    local file="$RUNS/$run/eval/$table.$$.jsonl" checkpoint="$RUNS/$run/$CHECKPOINT" picture latest
     if [ -n "${PLAN:-}" ]; then return; fi
     mkdir -p "$RUNS/$run/eval"
     python scripts/record_run.py "$RUNS/$run" --method "$method" --name "$SCALE/$run" \
@@ -140,6 +141,10 @@ measure() {
                 --eval accuracy calibration --recalibrate_bn "$RECALIBRATE" || return $?
         fi
     fi
+    for picture in ${PICTURES[@]+"${PICTURES[@]}"}; do
+        latest=$(ls -t "$RUNS/$run/eval/"*"_$picture.png" 2>/dev/null | head -n 1) || true
+        [ -z "$latest" ] || cp "$latest" "$OUT/figures/${SCALE}_${run}_$picture.png" || return $?
+    done
     python scripts/keep_records.py "$file" "$OUT/$table.jsonl" || return $?
     mv "$file" "$RUNS/$run/eval/$table.jsonl"
 }

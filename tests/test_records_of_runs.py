@@ -143,6 +143,10 @@ if program == "train_jempp.py":
     (run / "train.jsonl").write_text(header + '\\n{{"kind": "end", "reason": "finished"}}\\n')
     for name in ("best.pt", "last.pt"):
         (run / name).write_text("")
+if program == "eval_jempp.py" and words[words.index("--eval") + 1] == "samples":
+    for name in ("a", "b"):
+        (pathlib.Path(after("--load_path")).parent / "eval" / (name + "_scratch_by_class.png")
+         ).write_text(name)
 if program.endswith("keep_records.py"):
     open(words[1], "a").write(open(words[0]).read())
 if program.endswith("figures.py") and words[0] == "curves":
@@ -306,6 +310,14 @@ def test_a_figure_is_drawn_from_records_where_its_runs_are_not(script, tmp_path,
     script(name, SEEDS="1", RUNS=str(tmp_path / "elsewhere"))
     code, err, ((program, *words),) = script(name, SEEDS="1")
     assert (code, err, program) == (0, "", "scripts/figures.py") and "--records" in words
+
+
+def test_the_pictures_of_a_row_are_kept_beside_its_records(script, tmp_path):
+    assert script("fig3_4_12", SCALE="cpu", SEEDS="2")[:2] == (0, "")
+    names = [path.name for path in sorted((tmp_path / "out" / "figures").iterdir())]
+    assert names == [f"cpu_{run}-seed2_scratch_by_class.png"
+                     for run in ("cifar100-jempp-m10", "jempp-m10")]
+    assert (tmp_path / "out" / "figures" / names[0]).read_text() == "b"  # the latest
 
 
 def test_records_are_kept_all_or_none(tmp_path, call, monkeypatch):
