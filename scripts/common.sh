@@ -29,16 +29,18 @@ SEEDS=$(printf '%s\n' ${LIST[@]+"${LIST[@]}"} | awk '!there[$0]++' | paste -sd '
 RUNS=${RUNS:-runs/$SCALE}
 WORDS=("$@")
 EVAL=(--splits test)  # evaluation flags of the scale
+DROPS=() JEM_DROPS=()  # epochs where the rate drops, at the smaller scales, and JEM's
 PICTURES=()
 CHECKPOINT=best.pt    # what is measured
 case $SCALE in
     paper) SIZE=(--depth 28 --width 10) LABELLED=128 ;;
     cpu)   LABELLED=128 RECALIBRATE=5000
-           # a slot of the buffer is visited 22 times an epoch, 225 in all (the paper's: 4.5, 675).
-           # The rate drops at the paper's 40, 60 and 80 % of the epochs
+           # at 40, 60, 80 % of the epochs (the paper's: 33, 67, 83), JEM's at its own 80 and 90 %
+           DROPS=(--decay_epochs 4 6 8) JEM_DROPS=(--decay_epochs 8 9)
+           # a slot of the buffer is visited 22 times an epoch, 225 in all (the paper's: 4.5, 675)
            SIZE=(--depth 16 --width 2 --stride_first --stem_stride 2 --n_epochs 10
-                 --warmup_iters 500 --decay_epochs 4 6 8 --buffer_size 2000 --print_every 100
-                 --keep_every 2 --num_threads 1 --fast)
+                 --warmup_iters 500 --buffer_size 2000 --print_every 100 --keep_every 2
+                 --num_threads 1 --fast)
            EVAL+=(--attack_restarts 2 --chain_steps 200)
            SVHN=$DATA/svhn-test-10000  # the first test digits as images, where SVHN is not there
            [ ! -d "$SVHN" ] || EVAL+=(--ood "svhn=folder:$SVHN" interp cifar100 celeba) ;;
@@ -50,9 +52,10 @@ case $SCALE in
                  --chain_batch 20 --n_images 100 --is_splits 2 --kid_subset_size 20 --eps_linf 8 --eps_l2 0.5
                  --ood interp uniform) ;;
     digits) CHECKPOINT=last.pt  # 137 validation images tie long before the schedule ends
+            DROPS=(--decay_epochs 25 50 62) JEM_DROPS=(--decay_epochs 60 67)
             LABELLED=64 RECALIBRATE=1000 DATASETS=${DATASETS:-digits} OUT=${OUT:-results/digits}
             SIZE=(--dataset digits --depth 10 --width 2 --stride_first --stem_stride 2
-                  --batch_size 32 --n_epochs 75 --warmup_iters 50 --decay_epochs 25 50 62
+                  --batch_size 32 --n_epochs 75 --warmup_iters 50
                   --buffer_size 290 --print_every 20 --keep_every 25 --num_threads 1 --fast)
             EVAL+=(--attack_restarts 2 --n_attack 300 --chain_steps 200 --is_splits 2
                    --kid_subset_size 100 --ood interp uniform constant) ;;
@@ -70,7 +73,7 @@ fi
 # diverges. Rows where the paper shows that the method diverges stop instead.
 STOP=(--on_divergence stop)
 SOFTMAX=(--p_x_weight 0)
-JEM=($(<scripts/jem.flags))
+JEM=($(<scripts/jem.flags) ${JEM_DROPS[@]+"${JEM_DROPS[@]}"})
 IGEBM=("${JEM[@]}" --p_x_weight 0 --p_y_given_x_weight 0 --p_x_y_weight 1)  # the closest by flags
 JEM+=("${STOP[@]}")
 
@@ -96,7 +99,7 @@ train() {
         [ -z "${READY:-}" ] || { echo "$run has not ended: not measured"; return 4; }
         [ -n "${PLAN:-}" ] || echo "== $run"
         python train_jempp.py --data_root "$DATA" --run_dir "$RUNS/$run" --seed "$SEED" \
-            "$@" "${SIZE[@]}" ${WORDS[@]+"${WORDS[@]}"} || return $?
+            ${DROPS[@]+"${DROPS[@]}"} "$@" "${SIZE[@]}" ${WORDS[@]+"${WORDS[@]}"} || return $?
         # stopped by --max_steps: run again to continue
         [ -n "${PLAN:-}" ] || ended "$run" finished || exit 75
     fi
