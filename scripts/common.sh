@@ -89,7 +89,7 @@ left_out() {
 
 ended() { grep -q "\"kind\": \"end\".*\"reason\": \"$2\"" "$RUNS/$1/train.jsonl" 2>/dev/null; }
 
-# train RUN FLAGS...: train RUN-seed$SEED or continue it. Returns 3 if it diverged for good, 4 if
+# train RUN FLAGS...: train RUN-seed$SEED or continue it. FLAGS may have drops of their own. Returns 3 if it diverged for good, 4 if
 # READY and it has not ended, which a line says.
 train() {
     local run=$1-seed$SEED
@@ -125,8 +125,8 @@ batch_norm() { ! head -n 1 "$RUNS/$1/train.jsonl" | grep -q '"norm": "none"'; }
 
 # measure TABLE METHOD RUN EVAL_FLAGS...: append the records of RUN's CHECKPOINT to
 # OUT/TABLE.jsonl under the paper's name METHOD, all at once, and copy the evaluation's PICTURES to
-# OUT/figures. A run that diverged is recorded as diverged too. The file that collects them is this script's own: an evaluation that outlives a killed
-# script writes into none that another fills.
+# OUT/figures. A run that diverged is recorded as diverged too. The file that collects them is this
+# script's own: an evaluation that outlives a killed script writes into none that another fills.
 measure() {
     local table=$1 method=$2 run=$3-seed$SEED
     shift 3

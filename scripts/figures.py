@@ -28,7 +28,7 @@ import torch  # noqa: E402
 
 from models import network_name  # noqa: E402
 from samplers import ClassGaussians  # noqa: E402
-from scripts.operations import network_of, run_pflop  # noqa: E402
+from scripts.operations import network_of, pflop_of, run_pflop  # noqa: E402
 from scripts.tables import sources  # noqa: E402
 from scripts.tables.protocol import ROWS, papers_training  # noqa: E402
 from utils import flags, plots, program  # noqa: E402
@@ -235,9 +235,7 @@ def our_costs():
             if r["dataset"] == "cifar10" and r["protocol"]["split"] == "test" and (
                     "labelled_batch" in trained):
                 name = path.parent.name + ("" if path.stem == "records" else f", {path.stem}")
-                pflop = run_pflop(trained, network_of(trained), trained["n_train"] or 45000,
-                                  trained["step"])
-                yield name, begun + pflop, r["value"]
+                yield name, begun + pflop_of(trained), r["value"]
 
 
 def measured(path, metrics):

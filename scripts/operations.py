@@ -55,6 +55,11 @@ def batches(args):
     return n, args.get("labelled_batch") or n
 
 
+def pflop_of(trained):
+    """The cost of a run in 10^15 operations, from the training arguments in a record of it."""
+    return run_pflop(trained, network_of(trained), trained["n_train"] or 45000, trained["step"])
+
+
 def run_pflop(args, config, n_train, steps):
     """The cost of the first ``steps`` steps of a run on ``n_train`` images, in 10^15 operations."""
     before = min(steps, args.get("p_x_from", 0) * (n_train // batches(args)[1]))

@@ -27,7 +27,7 @@ from utils import start  # noqa: E402
 if __name__ == "__main__":
     start.begin()  # before the imports, which take seconds
 
-from scripts.operations import network_of, run_pflop  # noqa: E402
+from scripts.operations import network_of, pflop_of, run_pflop  # noqa: E402
 from scripts.tables import sources  # noqa: E402
 from utils import cli, flags, program  # noqa: E402
 from utils.data import load_splits, spec_of  # noqa: E402
@@ -103,13 +103,6 @@ def timed_rows(files):
             if r["metric"] == "steps" and r.get("seconds") and "run" in r]
 
 
-def pflop_of(row):
-    """10^15 operations of a row, from its record."""
-    trained = row["training"]
-    return run_pflop(trained, config_of(SimpleNamespace(**trained)), trained["n_train"] or 45000,
-                     trained["step"])
-
-
 def about(run, words, rows=()):
     """The line before a run: its cost, and its time at the rate of all runs beside it.
 
@@ -123,7 +116,7 @@ def about(run, words, rows=()):
     rates, where = [(pflop, seconds) for pflop, seconds, _ in done if seconds], ""
     if not rates:
         rows = [r for r in rows if r["run"].startswith(f"{Path(run).parent.name}/")]
-        rates = [(pflop_of(r), r["seconds"]) for r in rows]
+        rates = [(pflop_of(r["training"]), r["seconds"]) for r in rows]
         where = "".join(f" on the {r['env']['device']} of the records ({r['env']['cpu']})"
                         for r in rows[-1:])
     line = f"{run}: {left:.2g}·10¹⁵ operations"
