@@ -89,8 +89,8 @@ left_out() {
 
 ended() { grep -q "\"kind\": \"end\".*\"reason\": \"$2\"" "$RUNS/$1/train.jsonl" 2>/dev/null; }
 
-# train RUN FLAGS...: train RUN-seed$SEED or continue it. FLAGS may have drops of their own. Returns 3 if it diverged for good, 4 if
-# READY and it has not ended, which a line says.
+# train RUN FLAGS...: train RUN-seed$SEED or continue it. FLAGS may have drops of their own. Returns 3
+# if it diverged for good, 4 if READY and it has not ended, which a line says.
 train() {
     local run=$1-seed$SEED
     shift
