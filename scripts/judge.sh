@@ -14,6 +14,7 @@ JUDGE=${JUDGE:-$PUBLISHED/cifar10_judge} N=${N:-300}
 MODELS=${MODELS:-$PUBLISHED/cifar10_wrn16_4 $PUBLISHED/cifar10_wrn16_4_weight1}
 
 [ -z "${PLAN:-}" ] || exit 0
+[[ $N =~ ^[1-9][0-9]{0,5}$ ]] || { echo "N is a number of images, not \"$N\"" >&2; exit 2; }
 if [ ! -e "$JUDGE" ]; then
     echo "judge.sh: no classifier $JUDGE: MODEL=judge bash scripts/train_cpu.sh trains it" >&2
     exit 2

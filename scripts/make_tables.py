@@ -91,17 +91,19 @@ def body(rows):
 
 
 def footnotes(rows):
-    """Yield one † line for each different footnote of the cells."""
+    """Yield one † line for each different footnote of the cells of a data set."""
     notes = {}
+    several = len({number["dataset"] for pairs in rows.values() for number, _ in pairs}) > 1
     for row, pairs in rows.items():
-        for _, cell in pairs:
+        for number, cell in pairs:
             if cell.footnote:
-                names, extras = notes.setdefault(cell.footnote, ({}, {}))
+                where = f"{HEADS[number['dataset']]}, " * several
+                names, extras = notes.setdefault((where, cell.footnote), ({}, {}))
                 names[row] = None
                 for extra in cell.extras:
                     extras.setdefault(extra, {})[row] = None
-    for words, (names, extras) in notes.items():
-        about = ", ".join(names) if names.keys() < rows.keys() else "all rows"
+    for (where, words), (names, extras) in notes.items():
+        about = where + (", ".join(names) if names.keys() < rows.keys() else "all rows")
         groups = {tuple(names): [words]}  # what holds for all of them first, then what for some
         for extra, of in extras.items():
             groups.setdefault(tuple(row for row in names if row in of), []).append(extra)
@@ -120,7 +122,8 @@ def not_measured(table, rows):
         needs = dict.fromkeys(NEEDS[key] for n in missing
                               for key in (n["column"], n["dataset"], n.get("out")) if key in NEEDS)
         commands = " and ".join(f"`bash scripts/{SCRIPTS.get(t, t)}.sh`" for t in scripts)
-        yield "; ".join([f"{NOTHING} not measured here; measure with {commands}", *needs])
+        yield "; ".join([f"{NOTHING} not measured here; measure with {commands} (the paper's size; "
+                         "SCALE=cpu for a small one)", *needs])
 
 
 def papers_notes(rows):

@@ -99,10 +99,19 @@ def account(log, config, args):
             "pflop": run_pflop(header["args"], config, header["n_train"], taken)}
 
 
-def command(run):
-    """The training command of a run.json."""
+def training(name, start, run):
+    """The commands that trained model NAME, from its run.json: of the run it began with, too."""
+    if not start:
+        return [command(run["flags"])]
+    first = f"runs/{name}-start"
+    return [command(start["flags"] | {"run_dir": first}),
+            command(run["flags"] | {"load_path": f"{first}/best.pt"})]
+
+
+def command(flags):
+    """A training command."""
     words = []
-    for name, value in sorted(run["flags"].items()):
+    for name, value in sorted(flags.items()):
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
@@ -133,7 +142,7 @@ def card(out):
         "All numbers on this page are †: the network is far smaller and the run far shorter than "
         f"the paper's. `{published.TENSORS}` holds {precision} weights{buffer}. Its SHA-256 is "
         f"`{weights}`.", "",
-        "```bash", *(command(part) for part in (start, run) if part), "",
+        "```bash", *training(out.name, start, run), "",
         *(f"python eval_jempp.py --load_path {shown} {words}" for words in measuring(out)),
         "```", "", *table(out), ""]
     for picture in sorted(out.glob("*.png")):

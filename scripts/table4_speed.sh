@@ -7,6 +7,10 @@ source "$(dirname "$0")/common.sh"
 
 recorded table4 speed ||
     python scripts/benchmark_table4.py --results "$OUT/table4.jsonl" --name "$SCALE/speed" \
-        --data_root "$DATA" "${SIZE[@]}" ${WORDS[@]+"${WORDS[@]}"}
+        --data_root "$DATA" "${SIZE[@]}" ${WORDS[@]+"${WORDS[@]}"} || {
+        code=$?
+        [ -s "$OUT/table4.jsonl" ] || rm -f "$OUT/table4.jsonl"
+        exit $code
+    }
 echo
 python scripts/make_tables.py --results "$OUT" | awk '/^### /{on = /Table 4/} on'

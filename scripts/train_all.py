@@ -157,10 +157,18 @@ def train_all(runs, jobs, stop, rows=()):
         for run, process in list(running.items()):
             if process.poll() is not None:
                 codes[run] = running.pop(run).returncode
-                program.say(f"{run}: {ENDED.get(codes[run], 'failed')} (code {codes[run]}, "
-                            f"{run}.log)")
+                how = ENDED.get(codes[run]) or f"failed: {last_line(f'{run}.log')}"
+                program.say(f"{run}: {how} (code {codes[run]}, {run}.log)")
         time.sleep(0.2)
     return codes | dict.fromkeys(waiting, program.EXIT_STOPPED)
+
+
+def last_line(log):
+    """The last line of a run's output, which says why it failed."""
+    with open(log, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1000))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
 
 
 ENDED = {program.EXIT_OK: "finished", program.EXIT_DIVERGED: "diverged",

@@ -76,7 +76,7 @@ def test_a_card_tells_the_run_that_a_run_began_with_and_adds_its_cost(tmp_path, 
     assert "after the first command's run of 0 epochs (1 steps" in card
     assert (told["start"]["run_step"], told["run_step"]) == (1, 3) and told["start"]["pflop"] > 0
     commands = re.findall(r"python train_jempp.py (.*)", card)
-    assert "--max_steps 1" in commands[0] and "--load_path best.pt" in commands[1]
+    assert "--max_steps 1" in commands[0] and "--load_path runs/" in commands[1]
 
 
 def check_half(run, out, weights, call):

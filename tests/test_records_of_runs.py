@@ -398,6 +398,13 @@ def test_every_file_of_records_has_its_command():
     assert len(scripts) > 5 and all((ROOT / name).exists() for name in scripts)
 
 
+def test_each_committed_run_has_its_name_so_that_no_script_trains_it_again():
+    found = [(path.name, r["method"]) for path in (ROOT / "results").rglob("*.jsonl")
+             if "models" not in path.parts for r in records.read_jsonl(path)
+             if r.get("metric") == "steps" and not r.get("run")]
+    assert found == []
+
+
 def test_scripts_go_on_past_data_that_is_not_there(script):
     code, err, commands = script("table3", broken="svhn")
     assert code == 2 and err.count("left out: ") == 4

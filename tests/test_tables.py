@@ -114,7 +114,8 @@ def record(metric, value, method="JEM++ (M=10)", *, seed=1, time="2026-01-01T00:
         protocol = {"accuracy": {"split": "test", "sigma": 0.0}, "diverged": {"cause": "NaN"},
                     "ece": {"split": "test", "bins": 20}}.get(metric, GENERATED)
     return {"metric": metric, "value": value, "unit": "", "n": n, "protocol": protocol,
-            "checkpoint": {"path": "best.pt", "sha256": "f" * 64, "step": 1, "epoch": 1},
+            "checkpoint": {"path": "best.pt", "sha256": "f" * 64, "step": 1,
+                           "epoch": trained["n_epochs"]},
             "overrides": {}, "method": method, "training": trained, "dataset": dataset, "seed": 0,
             "env": {"torch": "2.11.0", "device": "cpu", "cpu": "Imagined CPU, 2 cores",
                     "commit": "abc1234def", "dirty": False}, "seconds": 1.0, "time": time}
@@ -163,6 +164,34 @@ def test_rows_of_different_commits_share_a_footnote_that_names_them(tables):
     text, _ = table_of(tables({"table2": found})[1], "Table 2")
     assert text.count("†") == 3 and ("cores). JEM++ (M=5): commit abc1234. JEM++ (M=10): commit "
                                      "def5678 with changes.") in text
+
+
+def test_a_footnote_tells_where_a_row_was_trained_and_after_which_epoch_it_was_measured(tables):
+    end = record("steps", 450, protocol={"rollbacks": 0}, **SMALL)
+    end["env"] = end["env"] | {"commit": "def5678abc", "dirty": True}
+    best = record("accuracy", 0.5, **SMALL)
+    best["checkpoint"] = best["checkpoint"] | {"epoch": 2}
+    text, _ = table_of(tables({"table2": [end, best]})[1], "Table 2")
+    assert ("trained at def5678 with changes, measured at abc1234; measured after epoch 2."
+            in text)
+
+
+def test_footnotes_of_two_data_sets_stay_apart(tables):
+    found = [record("ece", 0.02, "JEM++ (M=10)", dataset=dataset, **SMALL)
+             for dataset in ("cifar10", "cifar100")]
+    text, _ = table_of(tables({"ece": found})[1], "Calibration")
+    assert [line.split(":")[0] for line in text.splitlines() if line.startswith("†")] == [
+        "† CIFAR-10, JEM++ (M=10)", "† CIFAR-100, JEM++ (M=10)"]
+
+
+@pytest.mark.parametrize(("judges", "in_table_2", "in_ours"), [
+    ("bb", "3.00 ± 1.41 (n=2)†", "3.00 ± 1.41†"), ("ab", "4.00†", "4.00 (n=1)†")])
+def test_distances_by_another_judge_are_not_averaged(tables, judges, in_table_2, in_ours):
+    found = [record("accuracy", 0.5, seed=seed, **SMALL) for seed in (1, 2)]
+    found += [record("fd_features", 2.0 * seed, seed=seed, **SMALL, protocol=GENERATED | {
+        "features_sha256": judge * 64, "n_reference": 9}) for seed, judge in enumerate(judges, 1)]
+    out = tables({"table2": found, "options": found}, "--print")[1]
+    assert f"| {in_table_2} |" in out and f"| {in_ours} |" in out
 
 
 def test_full_scale_has_no_dagger(tables):
@@ -410,7 +439,8 @@ def test_ours_alone_are_means_over_training_seeds_without_those_that_diverged(ta
     code, out, err = tables({"options": found}, "--print")
     assert code == 0, err
     assert "| `base` | 60.00 ± 14.14† | 0.20 ± 0.14† | 2 | 0 | 0 |" in out
-    assert "| `sam` | 60.00† | 0.20† | 2 | 1 | 0 |" in out
+    assert "| `sam` | 60.00 (n=1)† | 0.20 (n=1)† | 2 | 1 | 0 |" in out
+    assert "n is 10,000 for accuracy, gap." in out
 
 
 def test_recalibrated_numbers_stand_beside_those_of_the_checkpoint_not_in_their_place(tables):

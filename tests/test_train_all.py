@@ -20,10 +20,15 @@ from utils.files.records import read_jsonl, training_of, write_jsonl
 
 @pytest.fixture
 def runs(monkeypatch, tmp_path, call):
-    """Call train_all.py with {name: exit code or seconds to sleep}; (code, lines)."""
+    """Call train_all.py with {name: what the run does}; (code, lines)."""
+    monkeypatch.chdir(tmp_path)
+
+    def begin(run, words, stop, threads):
+        with open(f"{run}.log", "w") as log:
+            return subprocess.Popen([sys.executable, "-c", words[0]], stderr=log)
+
     def run(endings, *flags):
-        monkeypatch.setattr(train_all, "begin", lambda run, words, stop, threads: subprocess.Popen(
-            [sys.executable, "-c", words[0]]))
+        monkeypatch.setattr(train_all, "begin", begin)
         monkeypatch.setattr(train_all, "about", lambda run, *_: f"{run}: begins")
         plan = "".join(f"train_jempp.py\t{code}\t--run_dir\t{name}\n"
                        for name, code in endings.items())
@@ -36,6 +41,7 @@ def runs(monkeypatch, tmp_path, call):
 
 
 FINE, LOST, BAD, LONG = "pass", "exit(3)", "exit(2)", "import time; time.sleep(60)"
+TELLS = "import sys; sys.stderr.write('began\\nno data: unpack it\\n'); exit(2)"
 
 
 @pytest.mark.parametrize(("endings", "code"), (
@@ -45,6 +51,12 @@ def test_each_run_is_trained_once_and_the_worst_ending_is_the_code(runs, endings
     assert found == code and len(lines) == 2 * len(endings)
     assert [line for line in lines if "begins" in line] == [
         f"{name}: begins" for name in "ab"[:len(endings)]]
+
+
+def test_a_run_that_fails_says_why(runs):
+    assert runs({"a": TELLS, "b": BAD}) == (2, [
+        "a: begins", "a: failed: no data: unpack it (code 2, a.log)",
+        "b: begins", "b: failed: it said nothing (code 2, b.log)"])
 
 
 def test_a_signal_stops_all_runs_and_the_rest_wait(runs):

@@ -4,7 +4,7 @@ import statistics
 from typing import NamedTuple
 
 from scripts.tables.protocol import papers_training
-from scripts.tables.sources import diverged, measures, of_row, seed_of, timed
+from scripts.tables.sources import comparable, diverged, measures, of_row, seed_of, timed
 
 NOTHING = "–"
 OURS_ALONE, PAPER_ALONE = ("fd_features", "iteration_ms"), ("minutes_per_epoch",)
@@ -45,7 +45,7 @@ def metric_cell(number, records, full_scale):
     A seed that diverged is listed with its step and is not part of the mean.
     """
     lost = diverged(records)
-    latest = {seed_of(r): r for r in records if measures(r, number)}
+    latest = comparable({seed_of(r): r for r in records if measures(r, number)})
     kept = [r for seed, r in latest.items() if seed not in lost]
     values, words = [r["value"] for r in kept], []
     if kept:
@@ -166,7 +166,17 @@ def provenance(number, used, full_scale):
     foreign = any(r["metric"] != "iteration_ms" and seed_of(r) is None for r in used)
     if not (short or extras or foreign):
         return None, ()
-    return described(used), (commits(used), *extras)  # rows of other commits share a footnote
+    # What rows may differ in comes apart from the footnote, so that they share one.
+    return described(used), (commits(used), *epochs(used), *extras)
+
+
+def epochs(used):
+    """["measured after epochs 8, 9"] where best.pt is older than the end, else []."""
+    after = {r["checkpoint"]["epoch"]: r["training"]["n_epochs"] for r in used
+             if r["training"] and (r.get("checkpoint") or {}).get("epoch")}
+    if all(epoch >= whole for epoch, whole in after.items()):
+        return []
+    return [f"measured after epoch{'s' * (len(after) > 1)} {listed(after)}"]
 
 
 def word(value):
@@ -230,8 +240,13 @@ def machine(record):
 
 
 def commits(used):
-    """"commit 33ad54b", "commits 33ad54b, 14c7b30 with changes", or "no commit"."""
-    envs = [r["env"] for r in used if r["env"]["commit"]]
-    names = dict.fromkeys(env["commit"][:7] + " with changes" * bool(env.get("dirty"))
-                          for env in envs)
-    return f"commit{'s' * (len(names) > 1)} {', '.join(names)}" if names else "no commit"
+    """"commit 33ad54b", or "trained at 14c7b30 with changes, measured at 33ad54b, 9bec867"."""
+    of_a_checkpoint = [r for r in used if r.get("checkpoint")] or used  # others come from the log
+    trained, measured = (
+        ", ".join(dict.fromkeys(env["commit"][:7] + " with changes" * bool(env.get("dirty"))
+                                if env["commit"] else "no commit" for env in envs))
+        for envs in ([r.get("trained_env", r["env"]) for r in used],
+                     [r["env"] for r in of_a_checkpoint]))
+    return (f"trained at {trained}, measured at {measured}" if trained != measured else
+            measured if measured == "no commit" else
+            f"commit{'s' * (',' in measured)} {measured}")

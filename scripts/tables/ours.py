@@ -3,7 +3,7 @@
 import statistics
 
 from scripts.tables import sources
-from scripts.tables.cells import NOTHING, commits, described, rollbacks
+from scripts.tables.cells import NOTHING, commits, described, listed, rollbacks
 from utils.files import records
 
 MARGIN = {"attack": "margin", "norm": "linf", "eps_255": 2.0}
@@ -42,8 +42,9 @@ def markdown_row(cells):
 def compared(title, own_records, command):
     """A table of methods, each trained with one setting and several seeds, by ``command``.
 
-    It gives means ± standard deviation over the seeds that did not diverge, the numbers of
-    diverged seeds and of rollbacks, and the mean minutes of a seed's training where they are known.
+    It gives means ± standard deviation over the seeds that did not diverge (with their number if
+    not all did), the numbers of diverged seeds and of rollbacks, and the mean minutes of a seed's
+    training where they are known.
     """
     columns = [c for c in COMPARED if any(fills(r, c) for r in own_records)]
     timed = any(seconds(own_records))
@@ -67,7 +68,7 @@ def compared(title, own_records, command):
         used += [r for r in of_row if any(fills(r, c) for c in columns)]
     about = (f"{', '.join(datasets)}: {described(used, whole=False)}, {commits(used)}" if used
              else "")
-    last = f"† {about}; `{command}`." + f" {MINUTES}" * timed
+    last = f"† {about}; `{command}`. {counted(used, columns)}" + f" {MINUTES}" * timed
     return "\n".join([*lines, "", last])
 
 
@@ -80,11 +81,28 @@ def fills(record, column):
     return record["metric"] == metric and protocol | wanted == protocol
 
 
+def counted(used, columns):
+    """What the columns' numbers were measured on, and the judge of fd_features."""
+    of = {}
+    for column in columns:
+        counts = listed(r["n"] for r in used if fills(r, column) and r["n"] > 1)  # a gap's is 1
+        if counts:
+            of.setdefault(counts, []).append(column.removesuffix(" %"))
+    words = [f"n is {counts} for {', '.join(names)}." for counts, names in of.items()]
+    judged = [r["protocol"] for r in used if r["metric"] == "fd_features"]
+    judges = dict.fromkeys(f"in the features of classifier {p['features_sha256'][:8]}, against "
+                           f"{p['n_reference']:,} images of {p['reference']}" for p in judged)
+    return " ".join([*words, *(f"fd_features is not FID: Fréchet distance {judge}."
+                               for judge in judges)])
+
+
 def mean(of_row, column, lost):
     """The cell of one method and column, from the latest record of each seed."""
-    latest = {sources.seed_of(r): r["value"] for r in of_row if fills(r, column)}
-    x = [COMPARED[column][2] * value for seed, value in latest.items() if seed not in lost]
+    latest = sources.comparable({sources.seed_of(r): r for r in of_row if fills(r, column)})
+    x = [COMPARED[column][2] * r["value"] for seed, r in latest.items() if seed not in lost]
     spread = f" ± {statistics.stdev(x):.2f}" if len(x) > 1 else ""
+    if x and len(x) < len({sources.seed_of(r) for r in of_row}):
+        spread += f" (n={len(x)})"
     return f"{statistics.mean(x):.2f}{spread}†" if x else NOTHING
 
 

@@ -202,7 +202,8 @@ def of_row(row, dataset, records):
     """A row's records that were trained with the settings of the latest one.
 
     Arguments that a record lacks are not compared, and those in protocol.FREE may differ. Each
-    record gets the last training step of its seed, because best.pt may be older.
+    record gets what its seed's records say of the training: its last step, because best.pt may be
+    older, and as ``trained_env`` the ``env`` that it ran in.
     """
     own, known = [], {}
     for r in reversed(trained(row, dataset, records)):
@@ -211,11 +212,21 @@ def of_row(row, dataset, records):
         if not others and all(known.get(k, v) == v for k, v in told.items()):
             own.insert(0, r)
             known |= told
-    end = {}
+    end, env = {}, {}
     for r in own:
         end[seed_of(r)] = max(end.get(seed_of(r), 0), (r["training"] or {}).get("step") or 0)
+        if r["metric"] == "steps":
+            env[seed_of(r)] = {"trained_env": r["env"]}
     return [r if r["training"] is None else
-            r | {"training": r["training"] | {"step": end[seed_of(r)]}} for r in own]
+            {**r, **env.get(seed_of(r), {}), "training": r["training"] | {"step": end[seed_of(r)]}}
+            for r in own]
+
+
+def comparable(latest):
+    """Of {seed: record}, those that the last one compares with: fd_features of its n and judge."""
+    kinds = {seed: (r["n"], *map(r["protocol"].get, JUDGED)) if r["metric"] == "fd_features"
+             else None for seed, r in latest.items()}
+    return {seed: r for seed, r in latest.items() if kinds[seed] == [*kinds.values()][-1]}
 
 
 def measures(record, number):
