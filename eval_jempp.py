@@ -13,7 +13,9 @@ from utils import start
 if __name__ == "__main__":
     start.begin()  # before the imports, which take seconds
 
+import hashlib
 import itertools
+import json
 import os
 import re
 import time
@@ -32,6 +34,9 @@ from utils.evaluation.subject import SOURCES, Output, Subject, skip
 from utils.files import checkpoint, records
 from utils.own_images import is_own
 
+WRITTEN_OUT = ("seed", "sigma", "recalibrate_bn", "n_images", "company")  # in names of files
+USUAL = {"source": "buffer", "reference": "train+test"}  # written out if another one is typed
+GENERATING = {"n_samples", "conditional", "y", "chain_steps", "chain_batch"}
 DIST_TIMEOUT = 30  # minutes that processes wait for one that is busy
 
 
@@ -169,7 +174,7 @@ def measure(name, entry, results):
     """Run one evaluation of one checkpoint. Yields each number after recording it."""
     started, subject = time.monotonic(), entry.subject
     stem = re.sub(r"[^\w.+=-]+", "_", subject.label)
-    out = Output(results.parent, f"{stem}-{subject.opened.sha256[:8]}{apart(entry)}")
+    out = Output(results.parent, f"{stem}-{subject.opened.sha256[:8]}{apart(name, entry)}")
     evaluate = EVALUATIONS[name]
     for number in evaluate(subject, out, **named_by(evaluate, entry.settings)):
         if subject.recalibrate_bn:
@@ -178,13 +183,24 @@ def measure(name, entry, results):
         yield number
 
 
-def apart(entry):
-    """What tells the files of one checkpoint's measurements apart: settings that are not usual."""
+def apart(name, entry):
+    """What tells the files of one checkpoint's measurements apart: settings that are not usual.
+
+    Some are written out. Six digits stand for all others, so that no file is overwritten while
+    records of other settings name it.
+    """
     settings = entry.settings | {"recalibrate_bn": entry.subject.recalibrate_bn}
-    words = [f"{k}{settings[k]}" for k in ("seed", "sigma", "recalibrate_bn", "n_images", "company")
-             if settings[k]]
-    usual = {"source": "buffer", "reference": "train+test"}
-    words += [file_name(settings[k])[:60] for k, v in usual.items() if settings.get(k, v) != v]
+    words = [f"{k}{settings[k]}" for k in WRITTEN_OUT if settings[k]]
+    words += [file_name(settings[k])[:60] for k, v in USUAL.items() if settings.get(k, v) != v]
+    usual = cli.evaluation_defaults(EVALUATIONS)
+    names = named_by(EVALUATIONS[name], settings).keys()
+    if name in ("fid", "samples", "best_worst"):  # an exported folder has its settings inside
+        names |= GENERATING
+    others = {k: settings[k] for k in names if settings[k] != usual[k]} | entry.about["overrides"]
+    others = {k: v for k, v in others.items() if k not in (*WRITTEN_OUT, *USUAL)}
+    if others and name != "export":
+        text = json.dumps(records.jsonable(others), sort_keys=True)
+        words.append(hashlib.sha256(text.encode()).hexdigest()[:6])
     return "".join("-" + re.sub(r"[^\w.+=-]+", "_", word) for word in words)
 
 

@@ -21,24 +21,37 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from models import energy, frozen, network_name, statistics_kept
-from samplers import make_sampler, sampler_name, to_pixels
+from samplers import make_sampler, sampler_name
 from utils import cli, distributed, machine, program
 from utils.distributed import accumulating
 from utils.evaluation.inference import accuracy, recalibrated
 from utils.evaluation.robustness import adversarial_batch, ball_radius
 from utils.files import checkpoint, records
 from utils.program import InputError, say
-from utils.seeding import seed_step
+from utils.seeding import seed_layers, seed_step
 from utils.training.build import build
-from utils.training.guard import Guard, Stop, fetch, resume, roll_back, save_last
+from utils.training.guard import (
+    Guard,
+    Stop,
+    check_new,
+    fetch,
+    resume,
+    roll_back,
+    save_last,
+)
 from utils.training.run_log import RunLog, means_of
 from utils.training.schedule import about_chains, due, learning_rate, p_x_weight
 from utils.training.start import load_start
 
 
+def layout_of(args):
+    """The memory layout of the weights."""
+    return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
 def in_layout(x, args):
     """Bring x [B, C, H, W] into the memory layout of the weights."""
-    return x.contiguous(memory_format=torch.channels_last) if args.channels_last else x
+    return x.contiguous(memory_format=layout_of(args))
 
 
 def of_sampled(model, args):
@@ -164,6 +177,7 @@ def backward(parts, net):
 def train_step(args, setup, draw):
     """One iteration of Algorithm 2, lines 2 to 6. Returns the means of the logged scalars."""
     state, data = setup.state, setup.data
+    seed_layers(state.seed, state.step, distributed.rank())
 
     # set the learning rate
     lr = learning_rate(state.step, data.steps_per_epoch, args)
@@ -301,8 +315,8 @@ def judged(args, state, data):
     model = state.model if state.average is None else state.average.module
     distributed.same_buffers(model)
     if args.recalibrate_bn:
-        batches = data.images.x[:args.recalibrate_bn].split(args.batch_size)
-        model = recalibrated(model, (in_layout(to_pixels(x), args) for x in batches))
+        model = recalibrated(model, data.images.x[:args.recalibrate_bn], args.batch_size,
+                             layout_of(args))
     return model
 
 
@@ -366,7 +380,9 @@ def run(args, run_dir, setup):
     resumed = resume(run_dir, setup, args)
     if resumed is not None:
         say(f"continuing {run_dir} after step {state.step}")
-    elif args.load_path:
+    else:
+        check_new(run_dir)
+    if resumed is None and args.load_path:
         opened = load_start(args, state)
         say(f"starting with the weights of {args.load_path} (SHA-256 {opened.sha256[:8]})")
     for line in (about_chains(data.steps_per_epoch, args),

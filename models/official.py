@@ -4,8 +4,8 @@ Released files hold ``{"model_state_dict": ..., "replay_buffer": [n, 3, H, W]}``
 dict, in PyTorch's zip or pre-1.6 format. Depth, width, norm and class count follow from the shapes.
 JEM++ files repeat tensors (``f.layer_one``, ``f.other_layers``). JEM files have an unused
 ``f.linear``. Both have an ``energy_output`` head that the classifier's energy does not use. Weights
-under our own names are read too. Prefixes of DataParallel, torch.compile and averaging are dropped.
-Anything else is a ValueError.
+under our own names are read too, as those of a network with the default strides. Prefixes of
+DataParallel, torch.compile and averaging are dropped. Anything else is a ValueError.
 """
 
 import re
@@ -33,6 +33,11 @@ def is_official(content):
     """Whether a loaded file looks like one of these, judged by its keys."""
     state = state_dict_of(content)
     return state is not None and any(bare(k).startswith(("f.", "stem.", "trunk.")) for k in state)
+
+
+def under_our_names(content):
+    """Whether a file that ``is_official`` has our names, which other strides may have, too."""
+    return any(bare(k).startswith("trunk.") for k in state_dict_of(content))
 
 
 def state_dict_of(content):

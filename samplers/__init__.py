@@ -22,10 +22,28 @@ def make_sampler(args, n_steps=None, before=0):
 
     ``args`` holds the flags n_steps, in_steps, pyld_lr, sgld_lr, sgld_std, eps, step_decay,
     pixel_clamp and literal_pyld. ``n_steps`` is another M. ``before`` are outer steps that the
-    chains have taken already, which count for step_decay.
+    chains have taken already. step_decay begins again after every ``args.n_steps`` steps, as it
+    does in training, where a chain is visited again and again.
     """
     n_steps = args.n_steps if n_steps is None else n_steps
-    decay = args.step_decay**before
+    taken, whole = before % args.n_steps, args.n_steps
+    if args.step_decay == 1 or taken + n_steps <= whole:
+        return visit(args, n_steps, args.step_decay**taken)
+    middle, last = divmod(taken + n_steps - whole, whole)
+    parts = ((1, visit(args, whole - taken, args.step_decay**taken)),
+             (middle, visit(args, whole, 1)), (1, visit(args, last, 1)))
+
+    def draw(model, x_0, y=None, generator=None):
+        for times, part in parts:
+            for _ in range(times):
+                x_0 = part(model, x_0, y=y, generator=generator)
+        return x_0
+
+    return draw
+
+
+def visit(args, n_steps, decay):
+    """``make_sampler`` for steps over which step_decay goes on, from the factor ``decay`` on."""
     shared = {"clip": args.eps, "noise_std": args.sgld_std, "step_decay": args.step_decay,
               "pixels": PIXELS if args.pixel_clamp else None}
     if args.in_steps:

@@ -20,7 +20,8 @@ def slack_variable(model, x, y=None):
     """p = dE / df_0 (Eq. 13): the gradient of the energy with respect to the stem's output."""
     with torch.enable_grad():
         features = model.stem(x.detach()).detach().requires_grad_()
-        (p,) = torch.autograd.grad(energy(model.trunk(features), y).sum(), features)
+        logits = model.trunk(features.clone())  # its first layer may work in place
+        (p,) = torch.autograd.grad(energy(logits, y).sum(), features)
     return p
 
 

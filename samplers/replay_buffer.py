@@ -8,12 +8,14 @@ class ReplayBuffer:
 
     ``ages`` int64 [|B|], on the host, are the sampler steps that each chain is away from p_0.
     If chains are drawn per class, class y owns the y-th of ``n_classes`` equal blocks of slots.
+    ``place`` = (first, every, size): slot i is slot first + i * every of a whole buffer of ``size``
+    slots, to which the blocks belong.
     Choices (which slot, which chain starts anew) are drawn on the host, so that an iteration never
     waits for the device.
     """
 
-    def __init__(self, images, n_classes, ages=None):
-        self.images, self.n_classes = images, n_classes
+    def __init__(self, images, n_classes, ages=None, place=None):
+        self.images, self.n_classes, self.place = images, n_classes, place or (0, 1, len(images))
         self.ages = torch.zeros(len(images), dtype=torch.int64) if ages is None else ages
 
     @classmethod
@@ -26,19 +28,20 @@ class ReplayBuffer:
         return len(self.images)
 
     def share(self, part, parts):
-        """Every ``parts``-th slot from ``part`` on, as a buffer over the same memory.
-
-        Blocks of classes remain blocks.
-        """
-        return ReplayBuffer(self.images[part::parts], self.n_classes, self.ages[part::parts])
+        """Every ``parts``-th slot from ``part`` on, as a buffer over the same memory."""
+        first, every, size = self.place
+        return ReplayBuffer(self.images[part::parts], self.n_classes, self.ages[part::parts],
+                            (first + part * every, every * parts, size))
 
     def slots(self, n, y=None, *, host):
         """``n`` slot numbers with replacement, from anywhere or from the blocks of ``y`` [n]."""
         if y is None:
             return torch.randint(len(self), (n,), generator=host)
-        first = -(-y * len(self) // self.n_classes)            # ceil: the block of class y is
-        last = -(-(y + 1) * len(self) // self.n_classes)       # [first, last)
-        return first + (torch.rand(n, generator=host) * (last - first)).long()
+        start, every, size = self.place
+        first, last = (-((start + k * size // -self.n_classes) // every)  # the block of class y is
+                       for k in (y, y + 1))                               # [first, last)
+        found = first + (torch.rand(n, generator=host) * (last - first)).long()
+        return found.clamp(max=len(self) - 1)  # a block may have no slot in a small share
 
     def draw(self, n, init, reinit_freq, y=None, *, host, generator):
         """x_0 [n, C, H, W], its slots [n] and the ages of its chains [n].

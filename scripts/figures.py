@@ -154,12 +154,15 @@ def evolution(args):
     A run folder picks its checkpoints' records, wherever the folder was. Else all in the file are
     shown.
     """
-    series, names = defaultdict(dict), {Path(run).name for run in args.runs}
+    series, titles, names = defaultdict(dict), {}, {Path(run).name for run in args.runs}
     for r in measured(args.records, ("accuracy", "is_mean", "fid", "kid", "fd_features")):
         checkpoint = r.get("checkpoint") or {}
         of_run = Path(checkpoint.get("path", "")).parent.name
         if "epoch" in checkpoint and (not names or of_run in names):
-            series[r["metric"]][checkpoint["epoch"]] = r["value"]
+            factor, unit = (100, ", %") if r["metric"] == "accuracy" else (1, "")
+            series[r["metric"] + unit][checkpoint["epoch"]] = factor * r["value"]
+            network = (r["training"] or {}).get("network")
+            titles[", ".join(filter(None, (r["method"], r["dataset"], network)))] = None
     if not series:
         of_run = f" of {' '.join(args.runs)}" if args.runs else ""
         raise program.InputError(f"{args.records} holds no accuracy or image metric{of_run}")
@@ -167,8 +170,9 @@ def evolution(args):
                                       squeeze=False)
     for axis, (metric, points) in zip(axes[0], series.items(), strict=True):
         axis.plot(*zip(*sorted(points.items()), strict=True), "o-")
-        axis.set(xlabel="epoch", title=metric)
+        axis.set(xlabel="epoch", ylabel=metric)
         axis.grid(alpha=0.3)
+    figure.suptitle("; ".join(titles), fontsize=9)
     plots.save_figure(args.out, figure)
 
 

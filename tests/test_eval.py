@@ -1,6 +1,7 @@
 """eval_jempp.py from end to end: records, raw scores, pictures, any checkpoint, bad input."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -79,13 +80,15 @@ def test_everything_that_needs_no_download_in_one_command(run, tmp_path, call):
     short = {r["label"]: r["checkpoint"]["sha256"][:8] for r in records}
     for r in records:  # each names what it was computed from
         assert r["files"] and all((tmp_path / name).is_file() for name in r["files"])
-        assert all(name.startswith(f"{r['label']}-{short[r['label']]}_") for name in r["files"])
+        start = f"{r['label']}-{short[r['label']]}(-[0-9a-f]{{6}})?_"
+        assert all(re.match(start, name) for name in r["files"])
+    pictures = {re.sub("-[0-9a-f]{6}_", "_", name) for name in pictures}
     named = {f"{label}-{short[label]}_{name}.png" for label, name in (
         ("joint", "reliability"), ("softmax", "reliability"), ("joint", "histogram_log_p_x"),
         ("joint", "buffer"), ("joint", "p0"), ("joint", "scratch_by_class"), ("joint", "chains"),
         ("joint", "best_p_x"), ("joint", "worst_p_y"))}
     assert named | {"robustness_linf.png", "robustness_l2.png"} <= pictures
-    assert all(Image.open(tmp_path / name).size[0] > 200 for name in pictures)
+    assert all(Image.open(path).size[0] > 200 for path in tmp_path.glob("*.png"))
 
 
 def test_metrics_can_be_recomputed_from_the_raw_scores(run, tmp_path, call):
@@ -281,6 +284,27 @@ def test_chains_are_drawn_in_the_training_mode_of_batch_norm(run):
         model = checkpoint.open_any(run / "joint" / "last.pt").model.train(training)
         direct = pyld_collapsed(model, start, n_outer=3, n_inner=5, step_size=0.2, clip=1.0)
         assert torch.equal(direct, end) == training
+
+
+def test_a_chain_does_not_depend_on_how_many_are_drawn(run):
+    judged = subject_of(run, "--eval", "samples", *QUICK)
+    y = torch.arange(10).repeat(3)
+    assert torch.equal(judged.chains(13)[-1], judged.chains(24)[-1][:13])
+    assert torch.equal(judged.chains(10, y[:10])[-1], judged.chains(30, y)[-1][:10])
+
+
+def test_no_file_is_overwritten_that_records_of_other_settings_name(run, tmp_path, call):
+    out, words = tmp_path / "out.jsonl", ["--eval", "robustness", "ood", "--attacks", "pgd"]
+    for more in (["--eps_linf", "8"], ["--eps_linf", "30"], ["--ood", "constant"]):
+        code, _, err = call(eval_jempp.main, ["--load_path", run / "joint" / "best.pt", "--results",
+                                              out, *words, *QUICK, *more])
+        assert code == 0, err
+    for r in read_jsonl(out):
+        with np.load(tmp_path / r["files"][0]) as raw:
+            if r["metric"] == "robust_accuracy" and r["protocol"]["norm"] == "linf":
+                assert r["protocol"]["eps_255"] in raw["eps"].round(3).tolist()
+            elif "out" in r["protocol"]:
+                assert any(name.startswith(r["protocol"]["out"]) for name in raw.files)
 
 
 def test_snapshots_of_a_chain_do_not_change_it(run):

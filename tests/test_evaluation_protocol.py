@@ -123,6 +123,17 @@ def test_statistics_measured_anew_are_those_of_training_and_stand_apart(run, tmp
     assert found[0]["files"] != found[3]["files"]
 
 
+def test_statistics_are_measured_over_batches_of_one_size(run):
+    """One image more than a batch must not count as much as a batch."""
+    def accuracies(n):
+        model = opened(run, "--eval", "accuracy", "--batch_size", "20", "--recalibrate_bn",
+                       str(n)).model.state_dict()
+        return model["trunk.norm.running_mean"]
+
+    whole, one_more, alone = accuracies(20), accuracies(21), accuracies(1)
+    assert (whole - one_more).norm() < 0.3 * (whole - alone).norm()
+
+
 def test_company_acts_on_fresh_chains_through_the_statistics_of_the_batch_alone(run):
     def chains(*words, **settings):
         subject = opened(run, "--eval", "fid", "--source", "scratch", "--chain_steps", "5",

@@ -300,14 +300,37 @@ def test_the_guard_names_the_cause_of_a_divergence(row, cause):
     assert found is None if cause is None else cause in found
 
 
-def test_the_guard_sees_accuracy_collapse():
-
-    guard, memory = Guard(cli.train_args([]), 10), {}
-    assert not any(guard.fault({"loss": 1.0, "accuracy": 0.9}, memory) for _ in range(300))
-    falls = [guard.fault({"loss": 1.0, "accuracy": 0.1}, memory) for _ in range(100)]
+@pytest.mark.parametrize(("n_classes", "low"), [(10, 0.1), (4, 0.25), (3, 0.33), (2, 0.2)])
+def test_the_guard_sees_accuracy_collapse(n_classes, low):
+    guard, memory = Guard(cli.train_args([]), n_classes), {}
+    assert not any(guard.fault({"loss": 1.0, "accuracy": 0.95}, memory) for _ in range(500))
+    falls = [guard.fault({"loss": 1.0, "accuracy": low}, memory) for _ in range(200)]
     assert falls[0] is None and "training accuracy fell" in falls[-1]
     memory = {}  # a run that never learnt has nothing to collapse from
     assert not any(guard.fault({"loss": 1.0, "accuracy": 0.1}, memory) for _ in range(300))
+
+
+def test_the_results_of_a_run_are_not_overwritten_where_nothing_can_be_resumed(tmp_path):
+    argv = tiny(tmp_path, "--n_epochs", "2")
+    assert run_main(argv)[0] == 0
+    kept = {path: path.read_bytes() for path in (tmp_path / "best.pt", tmp_path / "train.jsonl")}
+    for path in tmp_path.glob("*.pt"):
+        if path.name != "best.pt":
+            path.unlink()
+    code, err = run_main(argv)
+    assert code == 2 and "no last.pt" in err and len(err.strip().splitlines()) == 1
+    assert all(path.read_bytes() == content for path, content in kept.items())
+
+
+@pytest.mark.parametrize("line", ['[1]', '{"step": 1}', '{"kind": "step", "step": 1, "loss": "y"}'])
+def test_a_log_that_is_none_is_told_before_training(tmp_path, line):
+    assert run_main(tiny(tmp_path, "--n_epochs", "1"))[0] == 0
+    log = tmp_path / "train.jsonl"
+    log.write_text(f"{log.read_text().splitlines()[0]}\n{line}\n" * 2)
+    before = (tmp_path / "last.pt").read_bytes()
+    code, err = run_main(tiny(tmp_path, "--n_epochs", "2"))
+    assert code == 2 and "train.jsonl:2" in err and len(err.strip().splitlines()) == 1
+    assert (tmp_path / "last.pt").read_bytes() == before
 
 
 # -- determinism and memory -----------------------------------------------------------------------

@@ -104,7 +104,16 @@ def test_released_files_load_alike(tmp_path):
             load_model(tmp_path / name)
 
 
-@pytest.mark.parametrize("words", [{"y": 10}, {"y": -1}, {"y": 0.5}, {"start": "noise"}])
+@pytest.mark.parametrize("words", [
+    {"y": 10}, {"y": -1}, {"y": 0.5}, {"start": "noise"}, {"y": [1, 2, 3]}, {"y": [[1, 2]]},
+    {"n": 0}, {"n_steps": -3}])
 def test_what_cannot_be_sampled(run, words):
     with pytest.raises(InputError):
-        load_model(run / "best.pt").sample(2, n_steps=1, **words)
+        load_model(run / "best.pt").sample(**{"n": 2, "n_steps": 1, **words})
+
+
+def test_chains_go_on_from_the_buffer_where_a_folder_is_gone(run):
+    jem = load_model(run / "best.pt")
+    jem.settings.dataset = "folder:/nowhere"
+    with pytest.warns(UserWarning, match="not there"):
+        assert len(jem.sample(2, n_steps=1)) == 2

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import ANY_NETWORK
+from helpers import ANY_NETWORK, flat
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -61,6 +61,23 @@ def test_a_new_network_trains_resumes_and_is_evaluated(tmp_path, call, table):
     assert code == 0, err
     (accuracy, *_) = read_jsonl(tmp_path / "out.jsonl")
     assert accuracy["training"]["network"] == "toy" and accuracy["training"]["width"] == 6
+
+
+def test_dropout_and_layers_that_work_in_place(tmp_path, call, table, monkeypatch):
+    """A run with dropout resumes bit for bit, and Algorithm 1 as written takes any trunk."""
+    class Dropping(Toy):
+        def __init__(self, n_classes=10, width=4):
+            super().__init__(n_classes, width)
+            self.trunk = nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(0.3), *self.trunk)
+
+    monkeypatch.setitem(NETWORKS, "toy", Dropping)
+    words = [*ANY_NETWORK, "--network", "toy", "--n_epochs", "2", "--literal_pyld"]
+    assert call(train_jempp.main, [*words, "--run_dir", tmp_path / "a"])[0] == 0
+    for more in (["--max_steps", "2"], []):
+        torch.manual_seed(len(more))
+        assert call(train_jempp.main, [*words, "--run_dir", tmp_path / "b", *more])[0] == 0
+    a, b = (dict(flat(checkpoint.load(tmp_path / name / "last.pt"))) for name in "ab")
+    assert a.keys() == b.keys() and [k for k in a if not torch.equal(a[k], b[k])] == []
 
 
 @pytest.mark.parametrize("words, told", [

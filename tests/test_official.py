@@ -138,6 +138,14 @@ def test_bare_and_data_parallel_state_dicts_hold_the_same_network(tmp_path):
         assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
 
+def test_weights_alone_under_our_names_do_not_tell_strides_which_a_line_says(tmp_path, capsys):
+    released_file(tmp_path / "a.pt")
+    torch.save(open_any(tmp_path / "a.pt").model.state_dict(), tmp_path / "ours.pt")
+    assert not capsys.readouterr().out
+    open_any(tmp_path / "ours.pt")
+    assert "--stem_stride" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"f.layer1.0.conv1.weight": None}, "no Wide-ResNet"),
     ({"f.layer2.0.conv1.weight": None}, "Missing key"),

@@ -124,9 +124,12 @@ def test_no_more_pictures_are_read_than_asked_for(tmp_path, monkeypatch):
     fill(tmp_path, n=20)
     opened, read_rgb = [], image_folder.read_rgb
     monkeypatch.setattr(image_folder, "read_rgb", lambda f: opened.append(f) or read_rgb(f))
-    (tmp_path / "apple" / "000.png").write_text("broken")
+    files = sorted(tmp_path.rglob("*.png"))
+    first, *others = np.random.RandomState(image_folder.ORDER_SEED).permutation(40)[:6]
+    files[first].write_text("broken")
     found = ood.out_set(f"folder:{tmp_path}", 16, in_x=None, root="", seed=0, n=5)
-    assert found.x[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5] and len(opened) == 6
+    assert found.x[:, 0, 0, 0].tolist() == [100 * (i // 20) + i % 20 for i in others]
+    assert len(opened) == 6
     assert found.about == {"left_out": {"no image of a known format": 1}}
 
 
@@ -211,7 +214,8 @@ def test_an_npz_file_of_any_layout(tmp_path, layout):
     name = f"npz:{tmp_path / 'a.npz'}"
     train, valid, test = load_splits(name, tmp_path, size=16, n_valid=0)
     assert spec_of(name).names == ("0", "1", "2") and not len(valid.y)
-    assert torch.equal(test.x, expected[:6]) and test.y.tolist() == [0, 1, 2, 0, 1, 2]
+    x, y = own_images.shuffled(expected[:6], torch.tensor([0, 1, 2, 0, 1, 2]))
+    assert torch.equal(test.x, x) and torch.equal(test.y, y)
     assert len(train.y) == 20
     assert load(name, tmp_path, train=False).x.shape == (6, 3, 32, 32)
 
@@ -232,6 +236,8 @@ def test_grey_and_larger_sets_of_torchvision(tmp_path, monkeypatch):
     assert x.shape == (1, 3, 32, 32) and x[0, 1, 2, 2] == 1 and x[0, :, 1].max() == 0
     assert load("stl10", tmp_path, train=False).x.shape == (2, 3, 32, 32)
     assert load("stl10", tmp_path, train=False, size=96).x.unique().tolist() == [7]
+    sizes = [(16, 32), (32, 32), (64, 96), (96, 96), (128, 96)]
+    assert [(size, ood.nearest_size("stl10", size)) for size, _ in sizes] == sizes
 
 
 # What makes no data set
@@ -372,6 +378,31 @@ def test_train_resume_and_evaluate_on_a_folder(tmp_path, call):
     code, _, err = call(train_jempp.main, argv)
     assert code == 2 and "trained on other images" in err
     assert json.loads((run / "args.json").read_text())["dataset"] == name
+
+
+def test_the_first_images_of_a_test_split_or_an_out_set_are_of_all_classes(tmp_path):
+    for split in ("train", "test"):
+        fill(tmp_path / "set" / split, n=20)
+    train, _, test = load_splits(f"folder:{tmp_path / 'set'}", tmp_path, size=16)
+    assert set(test.y[:10].tolist()) == {0, 1} and all(
+        x[0, 0, 0] // 100 == y for x, y in zip(test.x, test.y, strict=True))
+    out, _ = image_folder.read(tmp_path / "set" / "test", 16, 10)
+    assert {value // 100 for value in out[:, 0, 0, 0].tolist()} == {0, 1}
+
+
+def test_another_fifth_set_aside_is_not_taken_for_the_test_split_of_training(tmp_path, call):
+    fill(tmp_path / "set", n=40)
+    argv = tiny(tmp_path / "run", "--dataset", f"folder:{tmp_path / 'set'}", "--data_root",
+                tmp_path, "--image_size", "16", "--n_epochs", "1", "--p_x_weight", "0")
+    argv = [word for k, word in enumerate(argv)  # all images of the folder
+            if not {"--n_train", "--n_valid"} & {word, argv[k - 1]}]
+    assert call(train_jempp.main, argv)[0] == 0
+    judge = ["--load_path", tmp_path / "run" / "last.pt", "--eval", "accuracy", "--splits", "test",
+             "--results", tmp_path / "out.jsonl"]
+    assert call(eval_jempp.main, judge)[0] == 0
+    paint(tmp_path / "set" / "pear" / "new.png", 90)
+    code, _, err = call(eval_jempp.main, judge)
+    assert code == 2 and "another fifth" in err and len(err.strip().splitlines()) == 1
 
 
 def test_class_names_stand_in_pictures(tmp_path, call, monkeypatch):

@@ -1,12 +1,21 @@
 """Known answers for the chains, the replay buffer and p_0."""
 
 import math
+from argparse import Namespace
 
 import pytest
 import torch
 
 from models import JEM
-from samplers import ClassGaussians, ReplayBuffer, UniformInit, pyld, pyld_collapsed, sgld
+from samplers import (
+    ClassGaussians,
+    ReplayBuffer,
+    UniformInit,
+    make_sampler,
+    pyld,
+    pyld_collapsed,
+    sgld,
+)
 from samplers.informative_init import to_pixels
 from utils.seeding import generator
 
@@ -179,7 +188,20 @@ def test_a_slot_drawn_twice_keeps_its_last_chain():
     assert buffer.ages.tolist() == [2, 0, 4, 0, 0]
 
 
-@pytest.mark.parametrize("size, parts", ((40, 2), (120, 3), (10, 1)))
+def test_step_decay_begins_again_as_it_does_at_each_visit_of_a_chain_in_training():
+    args = Namespace(n_steps=5, in_steps=5, pyld_lr=0.2, sgld_lr=0.0, sgld_std=0.0, eps=1.0,
+                     step_decay=0.5, pixel_clamp=True, literal_pyld=False)
+    torch.manual_seed(0)
+    model = JEM.build(depth=10, width=1, n_classes=10).eval()
+    x_0 = 2 * torch.rand(2, 3, 16, 16) - 1
+    x, y = x_0, make_sampler(args, 16, 7)(model, make_sampler(args, 7)(model, x_0))
+    for n_steps in (5, 5, 5, 5, 3):
+        x = make_sampler(args, n_steps)(model, x)
+    assert torch.equal(make_sampler(args, 23)(model, x_0), x) and torch.equal(x, y)
+    make_sampler(args, 2**62)  # takes no memory
+
+
+@pytest.mark.parametrize("size, parts", ((40, 2), (120, 3), (10, 1), (100, 3), (47, 2)))
 def test_shares_of_a_buffer_are_disjoint_and_keep_the_blocks_of_the_classes(size, parts):
     owner = torch.arange(size) * 10 // size
     buffer = ReplayBuffer(torch.zeros(size, 3, 4, 4), 10)

@@ -56,7 +56,7 @@ def evaluation_args(argv, evaluations):
     """
     p = parser("Evaluate checkpoints: ours, and the released files of JEM, JEM++ and SADA-JEM.")
     flags.add_evaluation(p, evaluations)
-    alone = vars(p.parse_args(["--load_path", "x", "--eval", next(iter(evaluations))]))
+    alone = evaluation_defaults(evaluations)
     for add in (flags.add_data, flags.add_sampler, flags.add_device):
         add(p, typed_only=True)
     args = vars(p.parse_args(argv))
@@ -69,6 +69,13 @@ def evaluation_args(argv, evaluations):
         raise InputError("--conditional and --y are for fresh chains: add --source scratch")
     protocol = argparse.Namespace(**{k: v for k, v in args.items() if k in alone})
     return protocol, {k: v for k, v in args.items() if k not in alone}
+
+
+def evaluation_defaults(evaluations):
+    """The values of the flags that only eval_jempp.py has, where none is typed."""
+    p = parser("")
+    flags.add_evaluation(p, evaluations)
+    return vars(p.parse_args(["--load_path", "x", "--eval", next(iter(evaluations))]))
 
 
 def evaluation_settings(saved, typed, protocol):

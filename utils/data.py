@@ -162,9 +162,9 @@ def load(name, root, *, train, download=False, size=None):
     """
     if own_images.is_own(name):
         return own_splits(name, root, size)["train" if train else "test"]
-    if name == "digits":
-        return digits(train, size or SPECS[name].size)
     size = spec_of(name).image_size(size)
+    if name == "digits":
+        return digits(train, size)
     if not download and not Path(root).is_dir():
         raise Unavailable(f"no data folder {os.path.abspath(root)}: name one with --data_root, or "
                           "drop --no-download")

@@ -356,7 +356,7 @@ def add_evaluation(p, evaluations):
          help="outer steps of chains from scratch")
     flag("--chain_batch", type=AT_LEAST_2, default=100,
          help="chains that share their batch statistics")
-    flag("--company", type=NATURAL, default=0, metavar="n",
+    flag("--company", type=SIZE_OR_NONE, default=0, metavar="n",
          help="images of the buffer that share each batch of fresh chains, as in training, where a "
               "batch of 64 has three fresh ones")
     flag("--top", type=FACTOR, default=1.0,

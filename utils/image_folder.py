@@ -28,6 +28,7 @@ LITTER = {"__MACOSX"}  # left by unpacking; names that begin with a dot are skip
 THREADS = min(8, os.cpu_count() or 1)  # Pillow releases Python's lock while it decodes
 AT_ONCE = 256  # files given to the threads at once
 MOST_BYTES = 2**30  # in a picture's file
+ORDER_SEED = 1234  # of ``read``
 DARKEST = 4096  # if all 16-bit pixels are below this, their range is not 0..65535
 
 
@@ -179,11 +180,17 @@ def told(left_out, n_files):
 
 
 def read(path, size, n=None):
-    """The first ``n`` readable images below ``path`` (uint8 [m, 3, size, size], m <= n), and
-    {reason: how many} of those left out on the way, which are also told on stderr."""
+    """``n`` readable images below ``path``, or all (uint8 [m, 3, size, size], m <= n), and
+    {reason: how many} of those left out on the way, which are also told on stderr.
+
+    They come in an order that only their number decides, because the first n of a sorted list
+    would be those of one folder inside.
+    """
     if not path.is_dir():
         raise InputError(f"folder:{path} is no folder")
-    x, index, left_out = decode(image_files(path), size, limit=n)
+    files = image_files(path)
+    order = np.random.RandomState(ORDER_SEED).permutation(len(files))
+    x, index, left_out = decode([files[i] for i in order], size, limit=n)
     counts, line = told(left_out, len(index) + sum(map(len, left_out.values())))
     if line:
         warn(f"folder:{path}: {line}")

@@ -12,6 +12,7 @@ from samplers import in_company, make_init, make_sampler
 from utils import cli
 from utils.data import labelled, load_splits, spec_of
 from utils.files.checkpoint import open_any
+from utils.own_images import is_own, path_of
 from utils.program import InputError, Unavailable
 from utils.seeding import seed_step
 
@@ -59,6 +60,8 @@ class LoadedModel(JEM):
         """
         if start not in (None, "p0", "buffer"):
             raise InputError(f"start is 'p0', 'buffer' or None, not {start!r}")
+        if n < 1 or n_steps < 0:
+            raise InputError(f"{n} images by {n_steps} steps: at least 1 by 0 are needed")
         y = self.labels(n, y)
         draw, n_chains = self.drawer(n_steps)
         model = copy.deepcopy(JEM(self)).train(self.settings.sample_mode == "train")
@@ -85,10 +88,11 @@ class LoadedModel(JEM):
         """A class or labels as int64 [n], or None."""
         if y is None:
             return None
-        y, n_classes = torch.as_tensor(y).cpu().expand(n), self.config["n_classes"]
-        if y.is_floating_point() or not ((y >= 0) & (y < n_classes)).all():
+        y, n_classes = torch.as_tensor(y).cpu(), self.config["n_classes"]
+        if (y.is_floating_point() or y.dim() > 1 or y.numel() not in (1, n)
+                or not ((y >= 0) & (y < n_classes)).all()):
             raise InputError(f"y is a class or {n} of them, 0 to {n_classes - 1}")
-        return y.long()
+        return y.long().expand(n)
 
     def beginnings(self, n, y, start, host):
         """The chains' start x_0 [n, 3, H, W]. ``host`` is a generator on the CPU."""
@@ -114,6 +118,8 @@ class LoadedModel(JEM):
     def p0(self):
         """p_0 of the training images, on the CPU. Unavailable if they are missing."""
         s, n_classes = self.settings, self.config["n_classes"]
+        if is_own(s.dataset) and not path_of(s.dataset).exists():
+            raise Unavailable(f"{s.dataset} is not there")
         if spec_of(s.dataset).n_classes != n_classes:
             raise Unavailable(f"{self.path} knows {n_classes} classes and {s.dataset} has "
                               f"{spec_of(s.dataset).n_classes}: give load_model its dataset")

@@ -62,7 +62,9 @@ def class_names(name):
 def load(name, size, root):
     """({split: (x uint8 [n, 3, size, size], y int64 [n])}, notes for the records).
 
-    The splits are "train", "test" and perhaps "valid". Decoded folders are cached under ``root``.
+    The splits are "train", "test" and perhaps "valid". The last two are shuffled by a fixed seed,
+    because evaluations take the first n, and a folder's come class by class. Decoded folders are
+    cached under ``root``.
     """
     path, names = path_of(name), class_names(name)
     if name.startswith("npz:"):
@@ -78,7 +80,19 @@ def load(name, size, root):
     if len(empty := set(range(len(names))) - set(splits["train"][1].tolist())):
         raise InputError(f"{name}: class {names[min(empty)]!r} has no training image that can be "
                          "read")
-    return splits, about
+    return {split: part if split == "train" else shuffled(*part)
+            for split, part in splits.items()}, about
+
+
+def shuffled(*arrays):
+    """Tensors of one length, all in the same order, which their length decides."""
+    order = torch.from_numpy(np.random.RandomState(TEST_SEED).permutation(len(arrays[0])))
+    return tuple(array[order] for array in arrays)
+
+
+def sets_aside(name):
+    """Whether ``name`` is a folder without splits, of which ``load`` sets a fifth aside."""
+    return name.startswith("folder:") and "all" in split_folders(path_of(name))
 
 
 # Folders
@@ -98,7 +112,8 @@ def split_folders(path):
     else:
         folders = {"all": path}
     classes = subfolders(next(iter(folders.values())))
-    if len(classes) < 2 or set(inside) <= set(SPLITS) and "all" in folders:
+    splits_alone = {name.lower() for name in inside} <= {*SPLITS, "validation"}
+    if len(classes) < 2 or splits_alone and "all" in folders:
         found = ", ".join(classes) if classes else "no folder"
         raise InputError(f"folder:{path} needs a folder for each of two or more classes, "
                          f"CLASS/* or train/CLASS/* and test/CLASS/*; there is {found}")

@@ -13,10 +13,20 @@ class Streams(NamedTuple):
     device: torch.Generator
 
 
+def number(*key):
+    """A seed of 63 bits made from the words and numbers of ``key`` alone."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def generator(device, *key):
     """A torch.Generator on ``device`` seeded by the words and numbers of ``key`` alone."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device).manual_seed(number(*key))
+
+
+def seed_layers(*key):
+    """Seed PyTorch's own generators, from which layers like dropout draw."""
+    torch.manual_seed(number(*key, "layers"))
 
 
 def seed_step(seed, step, part, device):

@@ -25,9 +25,10 @@ from utils.program import Unavailable
 
 def accuracy(subject, out, *, splits, n_images, sigma):
     """Accuracy, NLL and Brier score of each split. Images get noise only if --sigma is typed."""
-    for split in splits:
-        if split == "valid" and not len(subject.splits["valid"].y):
-            continue
+    there = [split for split in splits if split != "valid" or len(subject.splits["valid"].y)]
+    if not there:
+        raise Unavailable("the valid split is empty (--n_valid 0)")
+    for split in there:
         logits, y = subject.logits(split, n_images, sigma)
         correct = logits.argmax(1) == y
         log_p = logits.log_softmax(1).numpy()

@@ -8,6 +8,7 @@ from torch.optim.swa_utils import update_bn
 from samplers import to_pixels
 from utils import distributed
 from utils.machine import eager
+from utils.program import InputError
 from utils.seeding import generator
 
 
@@ -41,11 +42,18 @@ def predict(model, x, batch_size=500, sigma=0.0, seed=0):
     return torch.cat(outputs).to(x.device)
 
 
-def recalibrated(model, batches):
-    """A copy of ``model`` whose running statistics are the means over ``batches`` of pixels."""
-    model = copy.deepcopy(model)
-    with eager():
-        update_bn(batches, model)
+def recalibrated(model, x, size, layout=torch.contiguous_format):
+    """A copy of ``model`` whose running statistics are the means over batches of ``x``.
+
+    ``x`` are uint8 images [N, 3, H, W]. The batches have up to ``size`` images and are as equal as
+    can be, because the statistics of each count the same.
+    """
+    model, batches = copy.deepcopy(model), x.tensor_split(-(-len(x) // size))
+    try:
+        with eager():
+            update_bn((to_pixels(b).contiguous(memory_format=layout) for b in batches), model)
+    except ValueError as error:  # batch norm without an image's rows and columns, over one image
+        raise InputError(f"--recalibrate_bn {len(x)}: {error}") from error
     return model
 
 

@@ -157,7 +157,7 @@ def out_set(text, size, *, in_x, root, seed, download=False, n=None):
     interp       mean of two random different images of ``in_x``, halves rounded up
     uniform      every value uniform in 0..255
     constant     one uniformly random colour an image
-    folder:PATH  the image files below PATH, sorted; centre square, antialiased resize
+    folder:PATH  the image files below PATH; centre square, antialiased resize
     npz:FILE     its test split, likewise
     NAME=folder:PATH or NAME=npz:FILE  the same under another name
 
@@ -170,11 +170,11 @@ def out_set(text, size, *, in_x, root, seed, download=False, n=None):
     name, source = name_and_source(text)
     about = {} if name == source else {"origin": source}
     if source in LOADED or source.startswith("npz:"):
-        own = {"size": size} if source == "digits" or source.startswith("npz:") else {}
-        images = data.load(source, root, train=False, download=download, **own)
+        images = data.load(source, root, train=False, download=download,
+                           size=nearest_size(source, size))
         x, about = images.x[:n], about | images.about
     elif source == "celeba":
-        x = celeba(root, size, n)
+        x, about = celeba(root, size, n), about | {"crop": CELEBA_CROP}
     elif source in GENERATED:
         x = generated(source, size, len(in_x) if n is None else n, in_x.cpu(), seed)
     elif source.startswith("folder:") and source != "folder:":
@@ -188,6 +188,17 @@ def out_set(text, size, *, in_x, root, seed, download=False, n=None):
 
         x = TF.resize(x, [size, size], antialias=True)  # bilinear by default, as below
     return OutSet(x, about)
+
+
+def nearest_size(source, size):
+    """The side at which to read a data set for images of side ``size``.
+
+    That is ``size`` itself if the data set has it, or else the next larger, or its largest.
+    """
+    if own_images.is_own(source):
+        return size
+    sides = sorted({data.SPECS[source].size, *data.SPECS[source].sizes})
+    return next((side for side in sides if side >= size), sides[-1])
 
 
 def generated(name, size, n, in_x, seed):

@@ -99,7 +99,7 @@ def counted(real):
 def reference_statistics(subject, reference, network, features_of):
     """Statistics of all real images of --reference, cached beside the data.
 
-    ``features_of(images)`` returns features [n, d]. ``network`` is the SHA-256 of its weights.
+    ``features_of(images)`` returns features [n, d]. ``network`` is a hash that identifies it.
     --n_train has no effect here. A file of statistics is used as it is.
     """
     if reference.endswith(".npz"):
@@ -155,7 +155,8 @@ def inception_metrics(subject, x, reference, protocol, network, sha256, is_split
                               "KID needs features of each")
         mean, std = generation.kernel_inception_distance(
             outputs()[0], real().features, subsets, subset_size, subject.seed)
-        yield Number("kid", mean, "", n, {**protocol, "n_reference": real().n, "subsets": subsets,
+        yield Number("kid", mean, "", n, {**protocol, "n_reference": len(real().features),
+                                          "subsets": subsets,
                                           "std": std, "subset_size": subset_size})
 
     return {"IS": score(), "FID": distance(), "KID": kernel_distance()}
@@ -171,7 +172,9 @@ def feature_distance(subject, x, reference, protocol, judge):
     if reference.endswith(".npz"):
         raise Unavailable(f"{protocol['reference']} holds Inception's statistics, not those of "
                           "--features")
-    reference = reference_statistics(subject, reference, judge.sha256, features_of)
+    # the same weights may be read as those of another network, if their file says nothing of it
+    network = hashlib.sha256(f"{judge.sha256} {judge.model.config}".encode()).hexdigest()
+    reference = reference_statistics(subject, reference, network, features_of)
     features = features_of(x)
     distance = generation.frechet_distance(generation.statistics(features), reference)
     yield Number("fd_features", distance, "", n, {

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from models import frozen, has_batch_norm
-from samplers import in_company, make_init, make_sampler, sampler_name, to_pixels
+from samplers import in_company, make_init, make_sampler, sampler_name
 from samplers.pyld import is_affine
 from utils import distributed, plots
 from utils.data import labelled, load_splits, spec_of
@@ -19,8 +19,10 @@ from utils.evaluation import ood
 from utils.evaluation.inference import predict, recalibrated
 from utils.files.checkpoint import Opened
 from utils.files.records import replacing
+from utils.machine import check_memory
+from utils.own_images import sets_aside
 from utils.program import InputError, Unavailable, say
-from utils.seeding import generator, seed_step
+from utils.seeding import generator, seed_layers, seed_step
 
 MADE = ("buffer", "scratch", "p0")  # sources of images that a model makes ...
 SOURCES = (*MADE, "train", "test")  # ... and real ones, beside the out sets
@@ -124,7 +126,7 @@ class Subject:
             self.recalibrate_bn = 0
         if self.recalibrate_bn:
             x = self.images("train", self.recalibrate_bn).x
-            self.model = recalibrated(self.model, map(to_pixels, x.split(self.batch_size)))
+            self.model = recalibrated(self.model, x, self.batch_size)
             self.model.eval()
 
     @functools.cached_property
@@ -133,11 +135,25 @@ class Subject:
         parts = load_splits(self.dataset, self.data_root, n_valid=self.n_valid,
                             n_train=self.n_train, download=self.download, size=self.image_size)
         n_classes = self.model.config["n_classes"]
+        self.check_split(parts[0])
         if (there := spec_of(self.dataset).n_classes) != n_classes:
             raise InputError(f"{self.label} knows {n_classes} classes, {self.dataset} has {there}: "
                              "choose another --dataset")
         return dict(zip(("train", "valid", "test"), (p.to(self.device) for p in parts),
                         strict=True))
+
+    def check_split(self, train):
+        """InputError if the fifth of a folder that is set aside for testing is another one now.
+
+        Then test images may have been trained on. ``train`` are the training images now.
+        """
+        args, then = self.opened.args, self.opened.p0
+        same = then and all(args.get(name) == getattr(self, name)
+                            for name in ("dataset", "image_size", "n_train", "n_valid"))
+        if same and sets_aside(self.dataset) and train.digest() != then.get("train_sha256"):
+            raise InputError(f"{self.label} was trained on other images than {self.dataset} holds "
+                             "now, so another fifth of them is set aside for testing: restore "
+                             "them, or put train/ and test/ there")
 
     def images(self, split="test", limit=None):
         """The first ``limit`` images of a split, or all if it has fewer or ``limit`` is None."""
@@ -222,6 +238,7 @@ class Subject:
 
         def run(batch, n, y):
             streams = seed_step(self.seed, batch, "evaluation", self.device)
+            seed_layers(self.seed, batch, "evaluation")
             x = p0.sample(n, y, host=streams.host, generator=streams.device)
             y = None if y is None else y.to(self.device)
             stations = [x.cpu()]
@@ -246,20 +263,25 @@ class Subject:
     @functools.cached_property
     def crowd(self):
         """The buffer's images and the classes that the network sees in them, on the device."""
+        check_memory(4 * 3 * self.image_size**2 * self.company, self.device,
+                     f"--company {self.company}")
         x = self.buffer().to(self.device)
         return x, predict(self.model, plots.to_uint8(x), self.batch_size).argmax(1).to(self.device)
 
     def chains(self, n, y=None, snapshots=1):
-        """``n`` fresh chains in batches of --chain_batch, as ``chain_runner`` draws them."""
-        run = self.chain_runner(snapshots)
+        """``n`` fresh chains, as ``chain_runner`` draws them. ``y`` [n] are classes, or None.
 
-        def work(batch_and_indices):
-            batch, indices = batch_and_indices
-            return run(batch, len(indices), None if y is None else y[indices])
+        They run in whole batches of --chain_batch, so that chain i depends on (seed, i) and not on
+        ``n``. Classes beyond ``y`` [n] begin again with its first.
+        """
+        run, size = self.chain_runner(snapshots), self.chain_batch
 
-        batches = distributed.spread(work, enumerate(torch.arange(n).split(self.chain_batch)),
-                                     "chains")
-        return self.finite_chains([torch.cat(parts) for parts in zip(*batches, strict=True)])
+        def work(batch):
+            turns = torch.arange(batch * size, (batch + 1) * size)
+            return run(batch, size, None if y is None else y[turns % len(y)])
+
+        batches = distributed.spread(work, range(-(-n // size)), "chains")
+        return self.finite_chains([torch.cat(parts)[:n] for parts in zip(*batches, strict=True)])
 
     def finite_chains(self, stations):
         """Return ``stations``. InputError if a chain has diverged."""

@@ -313,6 +313,7 @@ class Opened(NamedTuple):
     step: int | None
     epoch: int | None
     ages: torch.Tensor | None  # of the buffer's chains
+    p0: dict | None  # the data that p_0 was estimated from
 
 
 def open_any(path):
@@ -324,17 +325,21 @@ def open_any(path):
     """
     folder = published.folder_of(path)
     content, sha256 = published.read(folder) if folder else read_hashed(path)
-    args = step = epoch = ages = None
+    args = step = epoch = ages = p0 = None
     if is_ours(content):
         content = check(content, path)
         config, weights, buffer = (content[name] for name in ("config", "model", "buffer"))
         args, step, epoch = (content[name] for name in ("args", "step", "epoch"))
-        ages = content.get("ages")
+        ages, p0 = content.get("ages"), content["p0"]
     elif official.is_official(content):
         try:
             config, weights, buffer = official.translate(content)
         except ValueError as error:
             raise InputError(f"{path} is no released checkpoint: {one_line(error, 200)}") from error
+        if official.under_our_names(content):
+            say(f"{path} holds weights alone, which do not tell strides: the network is taken to "
+                "have the default ones. If it was trained with --stride_first or --stem_stride, "
+                "load its checkpoint or published folder")
     else:
         raise InputError(f"{path} is not a checkpoint that is read here. These are: {READABLE}")
     model = network(config, weights, path)
@@ -343,7 +348,7 @@ def open_any(path):
     if buffer is not None and not (isinstance(buffer, torch.Tensor) and buffer.dim() == 4
                                    and buffer.shape[1] == 3 and buffer.is_floating_point()):
         raise InputError(f"{path}: its replay buffer is no image tensor [n, 3, H, W]")
-    return Opened(str(path), sha256, model, buffer, args, step, epoch, ages)
+    return Opened(str(path), sha256, model, buffer, args, step, epoch, ages, p0)
 
 
 def network(config, weights, path):

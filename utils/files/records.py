@@ -37,6 +37,7 @@ STARTED = {"args": dict, "env": dict}
 IN_A_LOG = {"header": STARTED, "resume": STARTED, "rollback": {"step": int, "to_step": int},
             "step": {"step": int, "images_per_s": (int, float, type(None))},
             "end": {"step": int, "reason": str, "detail": str, "time": str}}
+NOT_FINITE = ("inf", "-inf", "nan")  # how ``jsonable`` writes them
 IN_ARGS = {"dataset": str, "seed": int, "batch_size": int}
 
 
@@ -219,7 +220,10 @@ def read_log(run_dir):
     log = read_jsonl(path)
     for number, line in enumerate(log, 1):
         wrong = unlike(line, {"kind": str})
-        wrong = wrong or unlike(line, IN_A_LOG.get(line["kind"], {}))
+        wrong = wrong or unlike(line, {"step": int} | IN_A_LOG.get(line["kind"], {}))
+        if not wrong and line["kind"] in ("step", "eval"):
+            wrong = next((key for key, value in line.items() if key != "kind" and not
+                          isinstance(value, int | float | None) and value not in NOT_FINITE), None)
         if not wrong and "args" in line:
             wrong = unlike(line["args"], IN_ARGS)
         if not wrong and number == 1 and line["kind"] != "header":

@@ -84,7 +84,8 @@ def new_state(args, data, p0, origin, rollbacks=0):
             args.buffer_size, p0, data.spec.n_classes, per_class=per_class(args),
             host=generator("cpu", seed, "fill", "host"),
             generator=generator(data.device, seed, "fill", "device"))
-        buffer = ReplayBuffer(own_share(buffer.images).clone(), data.spec.n_classes)
+        place = distributed.rank(), distributed.world(), args.buffer_size
+        buffer = ReplayBuffer(own_share(buffer.images).clone(), data.spec.n_classes, place=place)
     return State(model, new_optimizer(args, model), buffer, origin, jsonable(vars(args)),
                  rollbacks=rollbacks, average=average)
 

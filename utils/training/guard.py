@@ -14,7 +14,7 @@ import torch
 
 from utils import distributed
 from utils.cli import check_same_run
-from utils.files import checkpoint
+from utils.files import checkpoint, records
 from utils.files.torch_files import Damaged
 from utils.program import InputError, launched, say
 from utils.training.build import new_state
@@ -33,6 +33,7 @@ class Guard:
 
     def __init__(self, args, n_classes):
         self.max_loss, self.max_gap, self.chance = args.max_loss, args.max_gap, 1 / n_classes
+        self.learnt = min(3 * self.chance, (1 + self.chance) / 2)  # a peak below says nothing
         self.max_saturated, self.min_ratio = args.max_saturated, args.min_accuracy_ratio
         self.images = args.labelled_batch / (1 - MEMORY)  # behind the running mean
 
@@ -67,7 +68,7 @@ class Guard:
             peak = max(memory.get("peak", self.chance), mean)
             memory |= {"mean": mean, "peak": peak}
             noise = 5 * (peak * (1 - peak) / self.images) ** 0.5  # matters for tiny batches
-            if mean < self.min_ratio * peak - noise and peak > 3 * self.chance:
+            if mean < self.min_ratio * peak - noise and peak > self.learnt:
                 return (f"training accuracy fell to {100 * mean:.1f} % from {100 * peak:.1f} %, "
                         f"beyond --min_accuracy_ratio {self.min_ratio:g}")
         return None
@@ -137,6 +138,21 @@ def candidate_step(run_dir):
     """The step of RUN/candidate.pt, or 0 if there is none."""
     path = Path(run_dir) / "candidate.pt"
     return checkpoint.step_of(path) if path.exists() else 0
+
+
+def check_new(run_dir):
+    """InputError if ``run_dir``, which holds nothing to resume, holds the results of a run.
+
+    A run that crashed before its second evaluation is begun again.
+    """
+    refused = None
+    if distributed.rank() == 0 and (Path(run_dir) / "best.pt").exists():
+        kinds = [line["kind"] for line in records.read_log(run_dir)]
+        if kinds.count("eval") > 1 or "end" in kinds:
+            refused = (f"{run_dir} holds the best.pt and the log of a run, but no last.pt to go on "
+                       "from: choose another --run_dir, or remove them")
+    if refused := distributed.first(refused):
+        raise InputError(refused)
 
 
 def resume(run_dir, setup, args):

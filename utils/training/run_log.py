@@ -32,7 +32,7 @@ class RunLog:
                                 header["network"], header["sampler"]])
         if not self.writes:
             return
-        kept = records.read_jsonl(self.file)[:n_kept] if n_kept else []
+        kept = records.read_log(self.dir)[:n_kept] if n_kept else []
         opening = {"kind": "resume" if kept else "header", "step": first_step, **header,
                    "time": records.now()}
         records.write_jsonl(self.file, [*kept, opening])
