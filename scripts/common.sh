@@ -18,6 +18,12 @@
 # so, the rest continues, and the final exit code is not 0. A row of which one number could not be had
 # (a line says so, too) counts as measured.
 set -euo pipefail
+if [[ " $* " = *" --help "* || " $* " = *" -h "* ]]; then
+    for file in "$0" "${BASH_SOURCE[0]}"; do  # the comments at their top
+        sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$file"
+    done
+    exit 0
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -x .venv/bin/python ] && export PATH="$PWD/.venv/bin:$PATH"
 

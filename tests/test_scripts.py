@@ -129,6 +129,13 @@ def test_reproduce_trains_nothing_if_it_cannot_read_minutes(monkeypatch, tmp_pat
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "==" not in done.stdout
 
 
+def test_help_of_a_script_is_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs"))
+    done = shell("bash", "scripts/table3.sh", "--help")
+    assert done.returncode == 0 and not done.stderr and not (tmp_path / "runs").exists()
+    assert done.stdout.startswith("Table 3") and "SEEDS" in done.stdout and "#" not in done.stdout
+
+
 @pytest.mark.slow
 def test_every_table_and_figure_is_made_at_tiny_scale_by_one_command(tmp_path):
     """A script that runs once more has nothing left to do."""

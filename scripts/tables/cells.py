@@ -209,7 +209,10 @@ def described(used, whole=True):
     if last["metric"] == "iteration_ms":
         s = timed(last)
         network = (last.get("training") or {}).get("network", f"WRN-{s['depth']}-{s['width']}")
-        words = [f"the time of an iteration of {network}", f"batch {s['batch_size']}"]
+        words = [f"the time of an iteration of {network}", f"batch {s['batch_size']}",
+                 f"median of {last['n']} turns"]
+        words += [f"{name} {last['protocol'][name]}" for name in ("amp", "compile")
+                  if last["protocol"].get(name, "off") != "off"]
     elif last["training"] is None:
         hashes = listed([str(r["checkpoint"]["sha256"])[:8] for r in used])
         words = [f"weights trained by others (sha256 {hashes})"]
