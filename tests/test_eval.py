@@ -291,6 +291,9 @@ def test_a_chain_does_not_depend_on_how_many_are_drawn(run):
     y = torch.arange(10).repeat(3)
     assert torch.equal(judged.chains(13)[-1], judged.chains(24)[-1][:13])
     assert torch.equal(judged.chains(10, y[:10])[-1], judged.chains(30, y)[-1][:10])
+    few, more = (subject_of(run, "--eval", "fid", "--source", "scratch", "--conditional",
+                            "--n_samples", n, *QUICK).generated()[0] for n in ("13", "24"))
+    assert torch.equal(few, more[:13])
 
 
 def test_no_file_is_overwritten_that_records_of_other_settings_name(run, tmp_path, call):

@@ -269,10 +269,10 @@ class Subject:
         return x, predict(self.model, plots.to_uint8(x), self.batch_size).argmax(1).to(self.device)
 
     def chains(self, n, y=None, snapshots=1):
-        """``n`` fresh chains, as ``chain_runner`` draws them. ``y`` [n] are classes, or None.
+        """``n`` fresh chains, as ``chain_runner`` draws them. ``y`` are classes, or None.
 
         They run in whole batches of --chain_batch, so that chain i depends on (seed, i) and not on
-        ``n``. Classes beyond ``y`` [n] begin again with its first.
+        ``n``. ``y`` may have classes for all of the last batch, or else begins again there.
         """
         run, size = self.chain_runner(snapshots), self.chain_batch
 
@@ -326,8 +326,9 @@ class Subject:
             order = torch.randperm(len(x), generator=generator("cpu", self.seed, "buffer order"))
             return plots.to_uint8(x[order[:n]]), {"source": "buffer"}
         if "chains" not in self.kept:
+            whole = -(-n // self.chain_batch) * self.chain_batch  # classes of whole batches
             self.kept["chains"] = plots.to_uint8(
-                self.chains(n, self.classes(range(n)))[-1])
+                self.chains(n, self.classes(range(whole)))[-1])
         return self.kept["chains"], {
             "source": "scratch", "chain_steps": self.chain_steps, "chain_batch": self.chain_batch,
             **({"company": self.company} if self.company else {}),
