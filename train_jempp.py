@@ -30,15 +30,7 @@ from utils.files import checkpoint, records
 from utils.program import InputError, say
 from utils.seeding import seed_layers, seed_step
 from utils.training.build import build
-from utils.training.guard import (
-    Guard,
-    Stop,
-    check_new,
-    fetch,
-    resume,
-    roll_back,
-    save_last,
-)
+from utils.training.guard import Guard, Stop, fetch, resume, roll_back, save_last
 from utils.training.run_log import RunLog, means_of
 from utils.training.schedule import about_chains, due, learning_rate, p_x_weight
 from utils.training.start import load_start
@@ -380,9 +372,7 @@ def run(args, run_dir, setup):
     resumed = resume(run_dir, setup, args)
     if resumed is not None:
         say(f"continuing {run_dir} after step {state.step}")
-    else:
-        check_new(run_dir)
-    if resumed is None and args.load_path:
+    elif args.load_path:
         opened = load_start(args, state)
         say(f"starting with the weights of {args.load_path} (SHA-256 {opened.sha256[:8]})")
     for line in (about_chains(data.steps_per_epoch, args),

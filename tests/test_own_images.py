@@ -125,7 +125,7 @@ def test_no_more_pictures_are_read_than_asked_for(tmp_path, monkeypatch):
     opened, read_rgb = [], image_folder.read_rgb
     monkeypatch.setattr(image_folder, "read_rgb", lambda f: opened.append(f) or read_rgb(f))
     files = sorted(tmp_path.rglob("*.png"))
-    first, *others = np.random.RandomState(image_folder.ORDER_SEED).permutation(40)[:6]
+    first, *others = image_folder.fixed_order(40)[:6]
     files[first].write_text("broken")
     found = ood.out_set(f"folder:{tmp_path}", 16, in_x=None, root="", seed=0, n=5)
     assert found.x[:, 0, 0, 0].tolist() == [100 * (i // 20) + i % 20 for i in others]

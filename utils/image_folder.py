@@ -28,7 +28,7 @@ LITTER = {"__MACOSX"}  # left by unpacking; names that begin with a dot are skip
 THREADS = min(8, os.cpu_count() or 1)  # Pillow releases Python's lock while it decodes
 AT_ONCE = 256  # files given to the threads at once
 MOST_BYTES = 2**30  # in a picture's file
-ORDER_SEED = 1234  # of ``read``
+ORDER_SEED = 1234  # of ``fixed_order``
 DARKEST = 4096  # if all 16-bit pixels are below this, their range is not 0..65535
 
 
@@ -189,14 +189,18 @@ def read(path, size, n=None):
     if not path.is_dir():
         raise InputError(f"folder:{path} is no folder")
     files = image_files(path)
-    order = np.random.RandomState(ORDER_SEED).permutation(len(files))
-    x, index, left_out = decode([files[i] for i in order], size, limit=n)
+    x, index, left_out = decode([files[i] for i in fixed_order(len(files))], size, limit=n)
     counts, line = told(left_out, len(index) + sum(map(len, left_out.values())))
     if line:
         warn(f"folder:{path}: {line}")
     if not index:
         raise InputError(f"folder:{path} holds no readable image ({', '.join(sorted(SUFFIXES))})")
     return x, counts
+
+
+def fixed_order(n):
+    """The numbers 0 .. n-1 in a shuffled order that depends on ``n`` alone."""
+    return np.random.RandomState(ORDER_SEED).permutation(n)
 
 
 @functools.cache

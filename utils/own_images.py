@@ -27,7 +27,7 @@ from utils.program import InputError
 
 KINDS = ("folder:", "npz:")
 SPLITS = ("train", "test", "val", "valid")
-TEST_SHARE, TEST_SEED = 5, 1234  # one image in five, if a folder has no test split
+TEST_SHARE = 5  # one image in five, if a folder has no test split
 MOST_CLASSES = 100_000
 BROKEN = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error,
           NotImplementedError)  # raised by reading a damaged .npz, or another kind of file
@@ -86,7 +86,7 @@ def load(name, size, root):
 
 def shuffled(*arrays):
     """Tensors of one length, all in the same order, which their length decides."""
-    order = torch.from_numpy(np.random.RandomState(TEST_SEED).permutation(len(arrays[0])))
+    order = torch.from_numpy(image_folder.fixed_order(len(arrays[0])))
     return tuple(array[order] for array in arrays)
 
 
@@ -144,10 +144,10 @@ def load_folder(path, size, root):
     about = {"left_out": counts} if counts else {}
     split_of, y = np.array(split_of, dtype="U5")[index], torch.tensor(y)[index]
     if "all" in folders:
-        order = np.random.RandomState(TEST_SEED).permutation(len(y))
+        order = image_folder.fixed_order(len(y))
         split_of[:] = "train"
         split_of[order[:len(y) // TEST_SHARE]] = "test"
-        about["split"] = f"1 image in {TEST_SHARE} for testing, by seed {TEST_SEED}"
+        about["split"] = f"1 image in {TEST_SHARE} for testing, by seed {image_folder.ORDER_SEED}"
     rows = {split: torch.from_numpy(np.flatnonzero(split_of == split))
             for split in ("train", "valid", "test") if split in folders or split != "valid"}
     return {split: (x[r], y[r]) for split, r in rows.items()}, about

@@ -159,11 +159,13 @@ def resume(run_dir, setup, args):
     """Continue from the newest undamaged state. Returns None if nothing was saved yet.
 
     Otherwise returns what the log's resume line adds: which files were damaged. InputError if the
-    saved run has other arguments, or took its steps at other learning rates than ``args`` gives.
+    saved run has other arguments, or took its steps at other learning rates than ``args`` gives, or
+    if nothing of a run but its results is there.
     """
     damaged = set_aside_damaged(run_dir)
     saved = saved_states(run_dir)
     if not saved:
+        check_new(run_dir)
         return None
     content, state = checkpoint.load(saved[0]), setup.state
     before = check_same_run(saved[0], content["args"], vars(args))
