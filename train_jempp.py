@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from models import energy, frozen, network_name, statistics_kept
-from samplers import make_sampler, sampler_name
+from samplers import evenly_spaced, make_sampler, sampler_name
 from utils import cli, distributed, machine, program
 from utils.distributed import accumulating
 from utils.evaluation.inference import accuracy, recalibrated
@@ -316,7 +316,8 @@ def evaluate(args, setup, network, epoch, means, log):
     """Log the accuracies of ``network`` in eval mode, draw buffer and curves, update best.pt.
 
     best.pt is chosen by validation accuracy. Without validation images it is the latest, and so it
-    is before log p(x) begins (--p_x_from): no classifier of the first stage competes with the JEM.
+    is before log p(x) begins (--p_x_from): no classifier of the first stage competes with the JEM,
+    not even after a rollback to that stage.
     """
     state = setup.state
     begun = state.step > args.p_x_from * setup.data.steps_per_epoch
@@ -326,11 +327,11 @@ def evaluate(args, setup, network, epoch, means, log):
     log.curves()
     if state.buffer is not None:
         x = state.whole_buffer()
-        every = max(1, len(x) // 100)  # evenly spaced slots cover all classes
-        log.samples(f"epoch_{epoch:04d}", x[::every][:100], state.step)
+        log.samples(f"epoch_{epoch:04d}", x[evenly_spaced(len(x), 100)], state.step)
     if not state.is_finite(network):  # --recalibrate_bn can cause this
         say("best.pt is left as it is: the network's running statistics are not all finite")
-    elif scores["valid_accuracy"] is None or scores["valid_accuracy"] > state.best:
+    elif scores["valid_accuracy"] is None or (
+            scores["valid_accuracy"] > state.best and (begun or state.best < 0)):
         state.best = (scores["valid_accuracy"] if begun else None) or -1.0
         checkpoint.save(log.dir / "best.pt", state, epoch, judged=network)
     parts = [f"{k} {100 * v:.2f} %" for k, v in scores.items() if v is not None]

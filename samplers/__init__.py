@@ -10,11 +10,12 @@ import torch
 
 from samplers.informative_init import ClassGaussians, UniformInit, to_pixels
 from samplers.pyld import pyld, pyld_collapsed
-from samplers.replay_buffer import ReplayBuffer
+from samplers.replay_buffer import ReplayBuffer, evenly_spaced
 from samplers.sgld import PIXELS, descend, sgld
 
-__all__ = ["ClassGaussians", "ReplayBuffer", "UniformInit", "in_company", "make_init",
-           "make_sampler", "pyld", "pyld_collapsed", "sampler_name", "sgld", "to_pixels"]
+__all__ = ["ClassGaussians", "ReplayBuffer", "UniformInit", "evenly_spaced", "in_company",
+           "make_init", "make_sampler", "pyld", "pyld_collapsed", "sampler_name", "sgld",
+           "to_pixels"]
 
 
 def make_sampler(args, n_steps=None, before=0):

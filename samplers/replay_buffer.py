@@ -3,6 +3,16 @@
 import torch
 
 
+def evenly_spaced(size, n):
+    """The numbers [n] of evenly spaced slots of ``size``, of all of them if there are fewer than n.
+
+    For n a multiple of the number of classes, slot i of n lies in the class block that it would
+    have in a buffer of n slots.
+    """
+    n = min(n, size)
+    return (torch.arange(n) * size + n - 1) // n
+
+
 class ReplayBuffer:
     """|B| images [|B|, C, H, W] on the training device, filled from p_0 at the start.
 

@@ -11,6 +11,7 @@ uint8. config.json holds what evaluation needs. run.json describes the run. ``ca
 NAME/README.md from run.json, NAME/*.jsonl and the pictures beside them.
 """
 
+import argparse
 import hashlib
 import json
 import sys
@@ -23,11 +24,17 @@ from utils import start  # noqa: E402
 if __name__ == "__main__":
     start.begin()  # before the imports, which take seconds
 
+from samplers import evenly_spaced  # noqa: E402
 from scripts.operations import run_pflop  # noqa: E402
 from utils import cli, flags, plots, program  # noqa: E402
 from utils.files import checkpoint, published, records  # noqa: E402
 from utils.files.torch_files import read  # noqa: E402
 
+# flags on which the defaults of others depend
+DECIDING = ("dataset", "image_size", "optimizer", "global_batch_size")
+# of a machine; batch_size, one process's share, follows from --global_batch_size
+NOT_TYPED = {"run_dir", "data_root", "download", "num_threads", "device", "max_minutes",
+             "batch_size"}
 PERCENT = {"accuracy", "ece", "ece_adaptive", "robust_accuracy"}
 
 
@@ -41,11 +48,13 @@ def publish(run_dir, out, n_buffer, half=False, start=None):
     if not log or log[-1].get("reason") != "finished":
         raise program.InputError(f"{run_dir} has not finished: run its training command again")
     if content["buffer"] is not None:
-        every = max(1, len(content["buffer"]) // n_buffer)
-        content["buffer"] = plots.to_uint8(content["buffer"][::every][:n_buffer].clone())
+        slots = published_slots(content, n_buffer)
+        content["buffer"] = plots.to_uint8(content["buffer"][slots])
     if half:
         content["model"] = {k: v.half() if v.is_floating_point() else v
                             for k, v in content["model"].items()}
+        if not checkpoint.all_finite(content["model"]):
+            raise program.InputError(f"{run_dir}/best.pt has numbers beyond float16: drop --half")
     content.pop("ages", None)  # of the whole buffer; nobody goes on with these chains
     for name in ("run_dir", "data_root"):  # of this machine
         content["args"].pop(name, None)
@@ -56,6 +65,14 @@ def publish(run_dir, out, n_buffer, half=False, start=None):
     published.write(out, content, checkpoint.digest)
     write_account(out, log, content, begun)
     return out
+
+
+def published_slots(content, n):
+    """The numbers of ``n`` slots of the replay buffer. Class blocks stay class blocks."""
+    classes = content["config"]["n_classes"]
+    if cli.per_class(argparse.Namespace(**content["args"])) and n > classes:
+        n -= n % classes
+    return evenly_spaced(len(content["buffer"]), n)
 
 
 def beginning(start, content):
@@ -89,9 +106,10 @@ def write_account(out, log, content, begun):
 def account(log, config, args):
     """Of the flags ``args`` those that are no defaults, and what the steps of ``log`` cost."""
     header, taken = records.header_of(log), log[-1]["step"]
-    defaults = vars(cli.train_args(["--dataset", args["dataset"]]))
-    machine = ("run_dir", "data_root", "download", "num_threads", "device", "max_minutes")
-    names = vars(cli.train_parser().parse_args([])).keys() - set(machine)
+    plain = vars(cli.train_args(["--dataset", args["dataset"]]))
+    first = [f"--{k}={args[k]}" for k in DECIDING if args.get(k) is not None]
+    defaults = vars(cli.train_args(first)) | {k: plain[k] for k in DECIDING}
+    names = vars(cli.train_parser().parse_args([])).keys() - NOT_TYPED
     typed = {k: v for k, v in args.items() if k in names
              and (k == "dataset" or records.jsonable(defaults.get(k)) != v)}
     return {"flags": typed, "minutes": round(records.seconds_of(log) / 60, 1), "run_step": taken,
@@ -138,7 +156,7 @@ def card(out):
         f"A {kind} of {run['parameters']:,} parameters on {flags.get('dataset', 'cifar10')}, "
         f"trained for {cost(run)}{begun}, on {env['device']}, {env['cpu']}, "
         f"{run['threads'] or 'all'} thread(s), with torch {env['torch']} at "
-        f"commit {env['commit'][:8]}. Rollbacks: {run['rollbacks']}.{best}", "",
+        f"commit {(env['commit'] or 'unknown')[:8]}. Rollbacks: {run['rollbacks']}.{best}", "",
         "All numbers on this page are †: the network is far smaller and the run far shorter than "
         f"the paper's. `{published.TENSORS}` holds {precision} weights{buffer}. Its SHA-256 is "
         f"`{weights}`.", "",

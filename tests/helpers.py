@@ -51,6 +51,8 @@ def same_state(a, b):
     for part in ("/model/stem.weight", "/buffer", "/optimizer/state/0/"):
         assert part in names
     assert ("running_var" in names) == (a["args"]["norm"] == "batch")
+    for name in ("epoch", "best", "rng", "lr_factor", "guard"):
+        assert a[name] == b[name], name
     return a["step"] == b["step"]
 
 

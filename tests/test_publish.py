@@ -6,16 +6,17 @@ import re
 
 import pytest
 import torch
-from helpers import ROOT, TINY
+from helpers import ROOT, TINY, tiny
 
 import eval_jempp
 import train_jempp
+from samplers import evenly_spaced
 from scripts import publish
-from utils import cli
+from utils import cli, distributed
 from utils.data import Images, load
 from utils.evaluation.evaluations import EVALUATIONS
 from utils.evaluation.inference import accuracy
-from utils.files import checkpoint, published
+from utils.files import checkpoint, published, records
 from utils.files.records import read_jsonl, write_jsonl
 from utils.program import InputError
 
@@ -60,6 +61,54 @@ def test_a_run_is_published_and_evaluates_as_before(tmp_path, call):
     different = {k for k in args if args[k] != now[k]}
     assert different <= {"num_threads", "device", "run_dir"}
     check_half(run, tmp_path / "half", weights, call)
+
+
+def test_a_published_buffer_of_classes_keeps_its_blocks(tmp_path, call):
+    run, out = tmp_path / "run", tmp_path / "model"
+    assert call(train_jempp.main, tiny(run, "--n_epochs", "1", "--class_cond_p_x_sample"))[0] == 0
+    assert call(publish.main, ["model", run, out, "--n_buffer", "35"])[0] == 0
+    published, whole = (checkpoint.open_any(p).buffer for p in (out, run / "best.pt"))
+    slots = torch.cdist(published.flatten(1), whole.flatten(1)).argmin(1)
+    assert torch.equal(slots * 10 // 40, torch.arange(30) * 10 // 30)
+
+
+@pytest.mark.parametrize("size", (100, 199, 290, 500, 2000, 10_000))
+def test_evenly_spaced_slots_cover_all_class_blocks(size):
+    slots = evenly_spaced(size, 100)
+    assert torch.equal(slots * 10 // size, torch.arange(100) // 10) and len(slots.unique()) == 100
+    assert evenly_spaced(7, 100).tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("words", (["--batch_size", "16", "--labelled_batch", "64"],
+                                   ["--optimizer", "adam", "--lr", "0.1", "--batch_size", "24"],
+                                   ["--image_size", "32", "--pad", "0"]))
+def test_the_command_of_a_card_is_its_run_whatever_the_processes(monkeypatch, words):
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    trained = vars(cli.train_args(["--dataset", "digits", *words]))
+    monkeypatch.setattr(distributed, "world", lambda: 1)
+    log = [{"kind": "header", "step": 0, "args": trained, "n_train": 1300, "steps_per_epoch": 20},
+           {"kind": "step", "step": 20, "images_per_s": 10.0}]
+    config = {"depth": 10, "width": 1, "n_classes": 10}
+    command = publish.command(publish.account(log, config, trained)["flags"])
+    again = vars(cli.train_args(command.split()[2:]))
+    assert {k for k in again if again[k] != trained[k]} <= {"batch_size"}
+    assert again["batch_size"] == again["global_batch_size"]
+
+
+def test_weights_beyond_float16_are_not_rounded_and_a_card_needs_no_git(
+        tmp_path, call, monkeypatch):
+    monkeypatch.setattr(records, "git_state", lambda: (None, None))
+    run, out = tmp_path / "run", tmp_path / "model"
+    assert call(train_jempp.main, tiny(run, "--n_epochs", "1"))[0] == 0
+    assert call(publish.main, ["model", run, out])[0] == 0
+    assert call(publish.main, ["card", out])[0] == 0
+    assert "commit unknown" in (out / "README.md").read_text()
+    content = torch.load(run / "best.pt", weights_only=True)
+    content["model"]["trunk.norm.running_var"][0] = 7e4
+    content["sha256"] = checkpoint.digest(content)
+    torch.save(content, run / "best.pt")
+    code, _, err = call(publish.main, ["model", run, tmp_path / "half", "--half"])
+    assert code == 2 and "drop --half" in err and not (tmp_path / "half").exists()
 
 
 def test_a_card_tells_the_run_that_a_run_began_with_and_adds_its_cost(tmp_path, call):

@@ -1,6 +1,7 @@
 """Attacks against linear classifiers, whose robust accuracy is known in closed form."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -309,6 +310,31 @@ def test_autoattack_missing_is_one_line(monkeypatch):
     x, y = easy_images()
     with pytest.raises(InputError, match="pip install pyautoattack"):
         autoattack_accuracy(network(), x, y, [1], "linf")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_autoattack_is_given_images_and_budgets_in_its_units(monkeypatch, norm):
+    class Whole:
+        """Its attack takes the whole budget from one pixel of images in [0, 1]."""
+
+        def __init__(self, model, *, norm, eps, seed, device):
+            self.model, self.eps, self.seen = model, eps, (norm, seed)
+            self.apgd_targeted = self.fab = SimpleNamespace()
+
+        def run_standard_evaluation(self, x, y, batch_size):
+            assert self.attacks_to_run == ["apgd-ce"] and self.fab.n_target_classes == 4
+            assert self.seen == (norm.capitalize(), 3) and x.min() >= 0 and x.max() <= 1
+            assert torch.equal(self.model(x), model(2 * x - 1)) and batch_size == len(x)
+            moved = x.clone()
+            moved[:, 0, 0, 0] += self.eps * (1 - 2 * (x[:, 0, 0, 0] > 0.5))
+            lengths.append(robustness.lengths(2 * (moved - x), norm).max())
+            return moved, y
+
+    model, lengths = Linear(5), []
+    monkeypatch.setitem(sys.modules, "pyautoattack", SimpleNamespace(AutoAttack=Whole))
+    autoattack_accuracy(model, *images(model), [typed(0.3, norm)], norm, attacks=["apgd-ce"],
+                        seed=3)
+    assert lengths == [pytest.approx(0.3, rel=1e-4)]
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from samplers import to_pixels
+from samplers import evenly_spaced, to_pixels
 from utils import image_folder, plots
 from utils.data import load
 from utils.evaluation import generation
@@ -212,7 +212,7 @@ def samples(subject, out):
 def draw_buffer(subject, out):
     """The replay buffer: evenly spaced slots, and the first ten of each predicted class."""
     x, names = subject.buffer(), class_names(subject)
-    shown = x[::max(1, len(x) // 100)][:100].split(10)
+    shown = x[evenly_spaced(len(x), 100)].split(10)
     out.figure("buffer", plots.image_rows(shown, [""] * len(shown), subject.title(
         "Replay buffer, evenly spaced slots", len(x))))
     predicted, _, _ = by_class(subject, x)
