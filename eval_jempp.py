@@ -163,10 +163,10 @@ def label_of(path):
 
 def unique(names):
     """``names`` with -2, -3, ... appended to repeated ones, because they label lines."""
-    seen, result = {}, []
+    result = []
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        result.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+        others = (f"{name}-{k}" for k in itertools.count(2))
+        result.append(next(n for n in itertools.chain([name], others) if n not in result))
     return result
 
 

@@ -5,10 +5,17 @@
 Each entry returns a ``LoadedModel`` (utils/loading.py) and takes the options of ``load_model``.
 """
 
+import sys as _sys
 from pathlib import Path as _Path  # torch.hub lists every name without an underscore
 
-from utils.files.published import folder_of as _folder_of
-from utils.loading import load_model as _load_model
+for _name in ("utils", "models", "samplers"):
+    _file = getattr(_sys.modules.get(_name), "__file__", None) or __file__
+    if not _Path(_file).resolve().is_relative_to(_Path(__file__).resolve().parent):
+        raise ImportError(f"JEM++ has a package {_name}, and {_file} is imported under that name: "
+                          "load the model before it, or in a process of its own")
+
+from utils.files.published import folder_of as _folder_of  # noqa: E402
+from utils.loading import load_model as _load_model  # noqa: E402
 
 dependencies = ["torch", "torchvision", "numpy", "safetensors", "tqdm", "PIL"]
 

@@ -93,7 +93,10 @@ left_out() {
     echo "left out: $2" >&2
 }
 
-ended() { grep -q "\"kind\": \"end\".*\"reason\": \"$2\"" "$RUNS/$1/train.jsonl" 2>/dev/null; }
+# ended RUN REASON: whether the last thing that RUN did was to end for REASON.
+ended() {
+    tail -n 1 "$RUNS/$1/train.jsonl" 2>/dev/null | grep -q "\"kind\": \"end\".*\"reason\": \"$2\""
+}
 
 # train RUN FLAGS...: train RUN-seed$SEED or continue it. FLAGS may have drops of their own. Returns 3
 # if it diverged for good, 4 if READY and it has not ended, which a line says.
@@ -138,7 +141,12 @@ measure() {
     shift 3
     local file="$RUNS/$run/eval/$table.$$.jsonl" checkpoint="$RUNS/$run/$CHECKPOINT" picture latest
     if [ -n "${PLAN:-}" ]; then return; fi
+    if [ ! -e "$checkpoint" ] && ! ended "$run" diverged; then
+        echo "$run has ended and $checkpoint is not there" >&2
+        return 2
+    fi
     mkdir -p "$RUNS/$run/eval"
+    rm -f "$file"  # of a killed script of the same number
     python scripts/record_run.py "$RUNS/$run" --method "$method" --name "$SCALE/$run" \
         --results "$file" || return $?
     if [ -e "$checkpoint" ]; then

@@ -20,6 +20,7 @@ if ! recorded fig6 "$RUN-seed$SEED"; then
     elif [ $code != 0 ]; then left_out $code "Fig. 6"; exit; fi
     NEW="$RUNS/$RUN-seed$SEED/fig6.$$.jsonl"
     if [ -z "${PLAN:-}" ]; then
+        rm -f "$NEW"
         python scripts/record_run.py "$RUNS/$RUN-seed$SEED" --method "JEM++ (M=10)" \
             --name "$SCALE/$RUN-seed$SEED" --results "$NEW"
         python eval_jempp.py --load_path "$RUNS/$RUN-seed$SEED"/epoch_*.pt --eval accuracy \

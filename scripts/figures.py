@@ -88,7 +88,8 @@ def curves(args):
     if args.records:
         drawn = {point["run"] for point in points}
         others = [r for r in held if r["run"] not in drawn]
-        records.write_jsonl(args.records, others + points)
+        ended = [point for point in points if point["time"] is not None]
+        records.write_jsonl(args.records, others + ended)
 
 
 def no_curve(record):
@@ -158,7 +159,7 @@ def evolution(args):
     for r in measured(args.records, ("accuracy", "is_mean", "fid", "kid", "fd_features")):
         checkpoint = r.get("checkpoint") or {}
         of_run = Path(checkpoint.get("path", "")).parent.name
-        if "epoch" in checkpoint and (not names or of_run in names):
+        if checkpoint.get("epoch") is not None and (not names or of_run in names):
             factor, unit = (100, ", %") if r["metric"] == "accuracy" else (1, "")
             series[r["metric"] + unit][checkpoint["epoch"]] = factor * r["value"]
             network = (r["training"] or {}).get("network")
@@ -179,7 +180,8 @@ def evolution(args):
 def robustness(args):
     """Accuracy against budget, mean and spread over seeds, a line for each method and attack."""
     lines = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    found = measured(args.records, ("robust_accuracy",))
+    measures = measured(args.records, ("robust_accuracy", "diverged", "steps"))
+    found = [r for r in measures if r["metric"] == "robust_accuracy"]
     if not found:
         raise program.InputError(f"{args.records} holds no robust_accuracy")
     kept = belonging_together(sources.by_time(found))
@@ -191,10 +193,25 @@ def robustness(args):
         p = r["protocol"]
         eps = p.get("eps_255", p.get("eps"))
         lines[p["norm"]][r["method"], p["attack"]][float(eps)][sources.seed_of(r)] = r["value"]
+    mark_diverged(lines, measures)
     for norm, curves_of in lines.items():
         points = {key: mean_and_spread(line) for key, line in curves_of.items()}
         plots.save_figure(f"{args.out}_{norm}.png", plots.robustness_curves(
             points, norm, f"Accuracy under attack, n = {kept[-1]['n']}"))
+
+
+def mark_diverged(lines, measures):
+    """Leave out the seeds that diverged, or say so of a method that has no other."""
+    for curves_of in lines.values():
+        for method, attack in list(curves_of):
+            lost = sources.diverged([r for r in measures if r["method"] == method]).keys()
+            points = curves_of.pop((method, attack))
+            if lost >= {seed for by_seed in points.values() for seed in by_seed}:
+                method += ", diverged"
+            else:
+                points = {eps: {seed: v for seed, v in by_seed.items() if seed not in lost}
+                          for eps, by_seed in points.items()}
+            curves_of[method, attack] = points
 
 
 def cost(args):

@@ -13,6 +13,13 @@ PUBLISHED=results/models
 JUDGE=${JUDGE:-$PUBLISHED/cifar10_judge} N=${N:-300}
 MODELS=${MODELS:-$PUBLISHED/cifar10_wrn16_4 $PUBLISHED/cifar10_wrn16_4_weight1}
 
+# name_of MODEL: its folder, and the file where that is not best.pt
+name_of() {
+    local path=${1%/best.pt}
+    if [ -d "$path" ]; then basename "$path"
+    else echo "$(basename "$(dirname "$path")")/$(basename "$path")"; fi
+}
+
 [ -z "${PLAN:-}" ] || exit 0
 [[ $N =~ ^[1-9][0-9]{0,5}$ ]] || { echo "N is a number of images, not \"$N\"" >&2; exit 2; }
 if [ ! -e "$JUDGE" ]; then
@@ -22,6 +29,10 @@ fi
 for MODEL in $MODELS; do
     if [ ! -e "$MODEL" ]; then echo "judge.sh: no model $MODEL (MODELS)" >&2; exit 2; fi
 done
+if [ -n "$(for MODEL in $MODELS; do name_of "$MODEL"; done | sort | uniq -d)" ]; then
+    echo "judge.sh: two of MODELS have one name: name them in two calls with an OUT each" >&2
+    exit 2
+fi
 WEIGHTS=$JUDGE
 [ ! -d "$JUDGE" ] || WEIGHTS=$JUDGE/model.safetensors
 SHA=$(sha256sum "$WEIGHTS" | cut -c 1-64)
@@ -33,20 +44,15 @@ fi
 # distance METHOD MODEL FLAGS...: one row, unless it is there
 distance() {
     local file="$RUNS/judge/judge.$$.jsonl" code=0
-    if grep -qsF "\"method\": \"$1\"" "$OUT/judge.jsonl"; then return; fi
+    local name
+    name=$(python -c 'import json, sys; print(json.dumps(sys.argv[1]))' "$1")
+    if grep -qsF "\"method\": $name" "$OUT/judge.jsonl"; then return; fi
     mkdir -p "$RUNS/judge"
     rm -f "$file"
     python eval_jempp.py --eval fid --features "$JUDGE" --method "$1" --load_path "$2" \
         --data_root "$DATA" --n_samples "$N" --results "$file" "${@:3}" &&
         python scripts/keep_records.py "$file" "$OUT/judge.jsonl" || code=$?
     [ $code = 0 ] || left_out $code "$1"
-}
-
-# name_of MODEL: its folder, and the file where that is not best.pt
-name_of() {
-    local path=${1%/best.pt}
-    if [ -d "$path" ]; then basename "$path"
-    else echo "$(basename "$(dirname "$path")")/$(basename "$path")"; fi
 }
 
 FIRST=${MODELS%% *}

@@ -27,7 +27,7 @@ case $MODEL in
     judge)  FLAGS=("${CLASS[@]}" --lr 0.2 --width 2 --stem_stride 1 --n_epochs 20) ;;
     *) echo "MODEL is hybrid, start, twin, paper or judge, not $MODEL" >&2; exit 2 ;;
 esac
-if [ "$MODEL" = hybrid ] && ! grep -qs '"reason": "max_steps"' "$RUN-start/train.jsonl"; then
+if [ "$MODEL" = hybrid ] && ! grep -qs '"step": 4914,.*"reason": "max_steps"' "$RUN-start/train.jsonl"; then
     MODEL=start RUN=$RUN-start bash "$0" "$@"
 fi
 exec python train_jempp.py --data_root "${DATA:-data}" --run_dir "$RUN" --depth 16 --width 4 \

@@ -138,6 +138,7 @@ def test_svhn_is_read_with_its_labels_through_torchvision(tmp_path, monkeypatch)
     images = load("svhn", tmp_path, train=True)
     assert images.y.tolist() == [1, 0, 3, 0, 9]  # SVHN calls zero 10
     assert torch.equal(images.x[2], torch.from_numpy(pixels[..., 2]).permute(2, 0, 1))
+    assert len(images.take([0, 1]).digest()) == 64  # every run takes it
 
 
 @pytest.mark.parametrize("name", ("cifar10", "cifar100", "svhn"))
@@ -165,3 +166,9 @@ def test_an_unreachable_network_is_one_line(tmp_path, monkeypatch):
 def test_more_validation_images_than_there_are_is_refused(tmp_path):
     with pytest.raises(InputError, match="leaves no training image"):
         load_splits("digits", Path(tmp_path), n_valid=1437)
+
+
+def test_fewer_training_images_are_the_first_after_those_of_validation():
+    every, held, _ = load_splits("digits", "nowhere", n_valid=137)
+    train, valid, _ = load_splits("digits", "nowhere", n_valid=137, n_train=50)
+    assert torch.equal(train.x, every.x[:50]) and torch.equal(valid.x, held.x)

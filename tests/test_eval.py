@@ -1,5 +1,6 @@
 """eval_jempp.py from end to end: records, raw scores, pictures, any checkpoint, bad input."""
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -133,6 +134,22 @@ def test_settings_come_from_the_checkpoint_and_overrides_are_recorded(run, tmp_p
     assert records[0]["overrides"] == {}
     assert records[-1]["overrides"] == {"image_size": 32, "n_valid": 10}
     assert [r["n"] for r in records if r["metric"] == "accuracy"] == [48, 40, 360, 48, 10, 360]
+
+
+def test_no_two_curves_have_one_name():
+    assert eval_jempp.unique(["a", "a", "a-2", "b"]) == ["a", "a-2", "a-2-2", "b"]
+
+
+def test_another_data_set_has_settings_of_its_own(run):
+    saved = checkpoint.load(run / "joint" / "last.pt")["args"] | {"labels_per_class": 3}
+    names = ("image_size", "n_valid", "n_train", "labels_per_class", "pad", "flip")
+
+    def settings(**typed):
+        found = cli.evaluation_settings(saved, typed, argparse.Namespace())
+        return [found[name] for name in names], len(found["class_names"]), found["batch_size"]
+
+    assert settings() == settings(dataset="digits") == ([16, 40, 48, 3, 2, False], 10, 16)
+    assert settings(dataset="cifar100") == ([32, 5000, None, 0, 4, True], 100, 16)
 
 
 def test_samples_leave_the_network_alone_and_follow_the_seed(run, tmp_path, call):

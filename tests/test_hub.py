@@ -1,5 +1,7 @@
 """Trained models from Python and by torch.hub: the lines that README shows, and what they give."""
 
+import sys
+import types
 import warnings
 
 import pytest
@@ -8,7 +10,9 @@ from helpers import ROOT, released_file, tiny
 
 import hubconf
 import train_jempp
+from samplers import ClassGaussians
 from utils import load_model
+from utils.data import load_splits
 from utils.files import checkpoint
 from utils.program import InputError
 
@@ -82,6 +86,24 @@ def test_fresh_chains_start_from_the_labelled_images_of_training(run):
     assert not torch.equal(jem.p0.means(), every)
 
 
+def test_fresh_chains_start_from_the_training_images_alone(run):
+    args = checkpoint.load(run / "best.pt")["args"]
+    train = load_splits("digits", "", n_valid=args["n_valid"], n_train=args["n_train"], size=16)[0]
+    means = load_model(run / "best.pt").p0.means()
+    assert torch.equal(means, ClassGaussians.fit(train.x, train.y, 10).means())
+
+
+def test_chains_of_a_later_batch_have_labels_and_noise_of_their_own(run, monkeypatch):
+    jem, y, given = load_model(run / "best.pt"), [0] * 20 + [1] * 20, []
+    monkeypatch.setattr(jem, "drawer", lambda n_steps: (
+        lambda model, x, y, generator: given.append((y, generator.initial_seed())) or x, 20))
+    x = jem.sample(40, y=y, n_steps=1, start="p0")
+    assert torch.cat([labels for labels, _ in given]).tolist() == y
+    assert len({seed for _, seed in given}) == 2
+    x = jem.sample(40, y=0, n_steps=1, start="p0")
+    assert not torch.equal(x[:20], x[20:])
+
+
 def test_chains_go_on_from_images_of_their_class(run):
     jem = load_model(run / "best.pt")
     jem.settings.pyld_lr = 1e-9
@@ -91,6 +113,34 @@ def test_chains_go_on_from_images_of_their_class(run):
     distances = torch.cdist(x.flatten(1), stored.flatten(1))
     assert distances.min(1).values.max() < 0.1  # of about 10
     assert set((distances.argmin(1) % 10).tolist()) == {3}
+
+
+def test_chains_run_in_inference_mode_too(run):
+    with torch.inference_mode():
+        assert len(load_model(run / "best.pt").sample(2, n_steps=1)) == 2
+
+
+@pytest.mark.parametrize("y", ("dog", 10**30, 10, [1, 2, 3], 0.5, None))
+def test_what_cannot_be_sampled_is_one_line(run, y):
+    jem = load_model(run / "best.pt")
+    if y is None:  # fresh images of another size than the buffer's
+        jem.settings.image_size = 32
+    with pytest.raises(InputError, match="y is a class or 2 of them" if y else "32x32 pixels"):
+        jem.sample(2, y=y, n_steps=1)
+
+
+def test_an_image_is_found_where_no_image_of_the_buffer_is_of_the_class(run):
+    jem = load_model(run / "best.pt")
+    jem.buffer_classes = torch.zeros(len(jem.replay_buffer), 10)
+    assert len(jem.sample(2, y=3, n_steps=1, start="buffer")) == 2
+
+
+def test_packages_of_other_people_under_our_names_are_told(monkeypatch):
+    other = types.ModuleType("utils")
+    other.__file__ = "/elsewhere/utils/__init__.py"
+    monkeypatch.setitem(sys.modules, "utils", other)
+    with pytest.raises(ImportError, match="a package utils, and /elsewhere"):
+        torch.hub.load(str(ROOT), NAME, source="local")
 
 
 def test_released_files_load_alike(tmp_path):

@@ -1,6 +1,7 @@
 """The switches: what --fast stands for, and that a missing compiler is one line."""
 
 import copy
+import os
 import shlex
 
 import pytest
@@ -88,3 +89,20 @@ def test_every_row_of_the_options_script_is_a_command_that_parses():
         flags = [w.replace("$LABELLED", "128") for w in row[4:row.index("--")] if "@" not in w]
         changed = {k for k, v in vars(cli.train_args(flags)).items() if v != defaults[k]}
         assert len(changed) == (row[2] != "baseline"), (row[2], changed)
+
+
+@pytest.mark.parametrize("tf32", (False, True))
+def test_precision_is_as_typed(monkeypatch, tf32):
+    """PyTorch's own default for convolutions is TF32."""
+    matmul, cudnn, chosen = torch.backends.cuda.matmul, torch.backends.cudnn, []
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", chosen.append)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = not tf32
+        machine.set_precision(tf32=tf32)
+        assert (matmul.allow_tf32, cudnn.allow_tf32, chosen) == (tf32, tf32, [])
+        machine.set_precision(deterministic=True)
+        assert chosen == [True] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

@@ -1,7 +1,9 @@
 """Your own images: folder:PATH and npz:FILE, right or counted, cached, trained on, evaluated."""
 
+import errno
 import json
 import os
+import types
 
 import numpy as np
 import pytest
@@ -69,6 +71,16 @@ def test_sixteen_bits_become_eight_or_are_refused(tmp_path):
         Image.fromarray(pixels).save(tmp_path / name)
         with pytest.raises(ValueError, match=why):
             image_folder.read_rgb(tmp_path / name)
+
+
+def test_sixteen_bits_stand_upright_and_twelve_reach_white(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(half().T.copy()[::-1]).save(tmp_path / "a.png", exif=exif)
+    assert corners(tmp_path / "a.png") == (0, 255, 0)
+    grey = types.SimpleNamespace(mode="I;16", format="TIFF", tag_v2={258: (12,)},
+                                 __array_interface__=half(top=4095).__array_interface__)
+    assert image_folder.grey_of_16_bits(grey).max() == 255
 
 
 @pytest.mark.parametrize("suffix", ("jpg", "png", "tiff", "webp"))
@@ -201,6 +213,22 @@ def test_pictures_are_decoded_once_until_one_changes(tmp_path, monkeypatch, caps
     assert "no cache in" in capsys.readouterr().err
 
 
+def test_a_picture_of_the_same_size_and_another_side_are_not_those_of_the_cache(tmp_path):
+    def apple(size):
+        splits = load_splits(f"folder:{tmp_path / 'set'}", tmp_path / "data", size=size)
+        return splits[0].x.shape[-1], sum((greys(split)[0] for split in splits), [])
+
+    for name in FRUIT:
+        for i in range(5):
+            paint(tmp_path / "set" / name / f"{i}.bmp", i)
+    assert apple(16) == (16, apple(32)[1]) and apple(32)[0] == 32
+    changed = tmp_path / "set" / "apple" / "0.bmp"
+    before = changed.stat()
+    paint(changed, 77)
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert changed.stat().st_size == before.st_size and 77 in apple(16)[1]
+
+
 @pytest.mark.parametrize("layout", ("NHWC", "NCHW", "grey", "NHW"))
 def test_an_npz_file_of_any_layout(tmp_path, layout):
     x = np.random.default_rng(0).integers(0, 256, (20, 16, 18, 3), dtype=np.uint8)
@@ -246,6 +274,14 @@ def write_npz(path, **changes):
     x, y = np.zeros((20, 8, 8, 3), np.uint8), np.arange(20) % 2
     arrays = {"x_train": x, "y_train": y, "x_test": x, "y_test": y} | changes
     np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+
+
+def test_a_file_with_validation_images_of_its_own(tmp_path):
+    valid = np.full((4, 8, 8, 3), 9, np.uint8)
+    write_npz(tmp_path / "a.npz", x_valid=valid, y_valid=np.arange(4) % 2)
+    train, valid, test = load_splits(f"npz:{tmp_path / 'a.npz'}", tmp_path, size=16)
+    assert [len(s.y) for s in (train, valid, test)] == [20, 4, 20]
+    assert valid.x.unique().tolist() == [9] and not train.x.any()
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -403,6 +439,34 @@ def test_another_fifth_set_aside_is_not_taken_for_the_test_split_of_training(tmp
     paint(tmp_path / "set" / "pear" / "new.png", 90)
     code, _, err = call(eval_jempp.main, judge)
     assert code == 2 and "another fifth" in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_picture_that_could_not_be_opened_for_a_while_is_not_left_out_for_ever(tmp_path,
+                                                                               monkeypatch):
+    fill(tmp_path / "set", n=5)
+    read_rgb, denied = image_folder.read_rgb, [True]
+
+    def denying(path):
+        if denied[0] and path.name == "000.png":
+            raise PermissionError(errno.EACCES, "denied")
+        return read_rgb(path)
+
+    monkeypatch.setattr(image_folder, "read_rgb", denying)
+    for denied[0], n in ((True, 7), (False, 8)):
+        assert len(load(f"folder:{tmp_path / 'set'}", tmp_path / "data", train=True).y) == n
+
+
+def test_classes_of_other_names_are_not_those_of_training(tmp_path, call):
+    for split in ("train", "test"):
+        fill(tmp_path / "set" / split, n=30)
+    argv = tiny(tmp_path / "run", "--dataset", f"folder:{tmp_path / 'set'}", "--data_root",
+                tmp_path, "--image_size", "16", "--n_valid", "0", "--max_steps", "1")
+    assert call(train_jempp.main, argv)[0] == 0
+    for split in ("train", "test"):
+        (tmp_path / "set" / split / "apple").rename(tmp_path / "set" / split / "zebra")
+    code, _, err = call(eval_jempp.main, ["--load_path", tmp_path / "run" / "last.pt", "--eval",
+                                          "accuracy", "--results", tmp_path / "out.jsonl"])
+    assert code == 2 and "zebra" in err and err.count("\n") == 1
 
 
 def test_class_names_stand_in_pictures(tmp_path, call, monkeypatch):

@@ -86,6 +86,16 @@ def test_the_last_gap_is_that_of_the_steps_since_a_rollback(tmp_path, call):
     assert (lost["value"], steps["seconds"]) == (8, (7 + 8) * 64)
 
 
+def test_a_run_that_was_extended_is_recorded_with_its_latest_arguments(tmp_path, call):
+    run = a_run(tmp_path / "run")
+    log = records.read_jsonl(run / "train.jsonl")
+    later = log[0] | {"kind": "resume", "step": 6, "args": log[0]["args"] | {"n_epochs": 7}}
+    records.write_jsonl(run / "train.jsonl", [*log, later, log[-1] | {"step": 9}])
+    assert call(record_run.main, [run, "--method", "M", "--results", tmp_path / "out"])[0] == 0
+    (steps,) = records.read_jsonl(tmp_path / "out")
+    assert (steps["training"]["n_epochs"], steps["value"]) == (7, 9)
+
+
 @pytest.mark.parametrize(("number", "change"), [
     (0, {"kind": "resume"}), (0, {"args": None}), (0, {"args": {}}), (0, {"env": "x"}), (1, None),
     (1, {"kind": 3}), (-2, {"images_per_s": "inf"}), (-2, {"step": None}), (-1, {"reason": None}),
@@ -255,6 +265,17 @@ def test_a_row_that_is_in_the_records_is_done_even_where_its_run_is_not(script, 
         assert len(trained_rows(script("table5", **elsewhere | wanted)[2])) == n_rows
 
 
+def test_what_a_small_scale_measures_is_less_and_svhn_may_be_a_folder(script, tmp_path):
+    (tmp_path / "data" / "svhn-test-10000").mkdir(parents=True)
+    _, _, commands = script("table7", SCALE="cpu", DATA=str(tmp_path / "data"))
+    told = [vars(cli.evaluation_args(words, EVALUATIONS)[0]) for program, *words in commands
+            if program == "eval_jempp.py"]
+    expected = {"splits": ["test"], "attack_restarts": 2, "chain_steps": 200,
+                "ood": [f"svhn=folder:{tmp_path}/data/svhn-test-10000", "interp", "cifar100",
+                        "celeba"]}
+    assert len(told) == 5 and all(words | expected == words for words in told)
+
+
 def test_table_4_is_timed_once_a_scale(script):
     """Else reproduce.sh, going on, would put the times of a busy machine in its place."""
     for scale, n_timed in (("paper", 1), ("paper", 0), ("cpu", 1), ("cpu", 0)):
@@ -304,6 +325,47 @@ def test_the_softmax_network_is_trained_before_a_row_that_it_judges(script, tmp_
         measured = [words for words in commands if "--features" in words]
         assert len(measured) == 6
         assert all(words[words.index("--features") + 1].endswith(judge) for words in measured)
+
+
+def test_a_run_without_its_checkpoint_is_not_recorded_as_measured(script, tmp_path):
+    script("table7", SEEDS="1")
+    (tmp_path / "out").rename(tmp_path / "lost")
+    (tmp_path / "runs" / "softmax-seed1" / "best.pt").unlink()
+    code, err, commands = script("table7", SEEDS="1")
+    assert code == 2 and "best.pt" in err and err.count("left out: ") == 1
+    assert len([words for words in commands if words[0] == "eval_jempp.py"]) == 5
+    assert "softmax" not in (tmp_path / "out" / "table7.jsonl").read_text()
+
+
+def test_what_a_killed_script_of_the_same_number_left_is_not_kept(script, tmp_path):
+    """In a container every script may be process 1."""
+    script("table7", SEEDS="1")
+    (tmp_path / "out").rename(tmp_path / "lost")
+    left = tmp_path / "begin"  # bash runs it first
+    left.write_text(f'echo old > "{tmp_path}/runs/softmax-seed1/eval/table7.$$.jsonl"\n')
+    assert script("table7", SEEDS="1", BASH_ENV=str(left))[0] == 0
+    assert "old" not in (tmp_path / "out" / "table7.jsonl").read_text()
+
+
+def test_a_run_that_went_on_after_its_end_is_measured_where_it_ends_again(script, tmp_path):
+    script("table7", SEEDS="1")
+    (tmp_path / "out").rename(tmp_path / "lost")
+    with open(tmp_path / "runs" / "softmax-seed1" / "train.jsonl", "a") as log:
+        log.write('{"kind": "end", "reason": "max_minutes"}\n')
+    _, err, commands = script("table7", SEEDS="1", READY="1")
+    assert len([words for words in commands if words[0] == "eval_jempp.py"]) == 5
+
+
+def test_a_robustness_figure_leaves_out_what_diverged(tmp_path, call, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots, "save_figure", lambda *words: None)
+    monkeypatch.setattr(plots, "robustness_curves", lambda curves, *words: shown.append(curves))
+    lost = attack(90) | {"metric": "diverged", "protocol": {"cause": "a"}}
+    records.write_jsonl(tmp_path / "fig9.jsonl", [
+        attack(0.1), lost, attack(0.5, seed=2), attack(0.2, "JEM"), lost | {"method": "JEM"}])
+    assert call(figures.main, ["robustness", "--records", tmp_path / "fig9.jsonl", "--out",
+                               tmp_path / "fig9"])[0] == 0
+    assert shown[0]["JEM++", "pgd"][1] == [0.5]
 
 
 @pytest.mark.parametrize("name", ("fig5", "fig6"))
@@ -477,6 +539,49 @@ def test_robustness_shows_mean_and_spread_of_what_belongs_together(tmp_path, cal
     assert eps == [0.0, 2.0] and means == pytest.approx([0.8, 0.5])
     assert spread == pytest.approx([0, 0.02 ** 0.5])
     assert curves["Softmax", "pgd"][1] == [0.5]
+
+
+def test_curves_that_are_drawn_leave_the_points_of_other_runs(tmp_path, call):
+    file = tmp_path / "fig5.jsonl"
+    for name in ("run1", "run2"):
+        assert call(figures.main, ["curves", "--line", "M=5", a_run(tmp_path / name), "--records",
+                                   file, "--out", tmp_path / "fig5.png"])[0] == 0
+    assert [r["run"].split("/")[-1] for r in records.read_jsonl(file)] == 2 * ["run1"] + 2 * [
+        "run2"]
+
+
+def test_curves_of_a_run_that_goes_on_are_drawn_and_not_kept(tmp_path, call):
+    run, file = a_run(tmp_path / "run"), tmp_path / "fig5.jsonl"
+    log = records.read_jsonl(run / "train.jsonl")
+    records.write_jsonl(run / "train.jsonl", log[:-1])
+    for _ in range(2):
+        assert call(figures.main, ["curves", "--line", "M=5", run, "--records", file, "--out",
+                                   tmp_path / "fig5.png"])[0] == 0
+    assert records.read_jsonl(file) == []
+
+
+def test_figure_6_shows_the_checkpoints_of_its_run_alone(tmp_path, call, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda path, figure: drawn.extend(
+        axis.lines[0].get_xydata().tolist() for axis in figure.axes))
+    found = [attack(value) | {"metric": "accuracy", "checkpoint": {
+        "path": f"elsewhere/{run}/epoch.pt", "epoch": epoch}}
+        for run, epoch, value in (("a", 2, 0.5), ("a", 1, 0.25), ("a", None, 0.9), ("b", 3, 0.75))]
+    records.write_jsonl(tmp_path / "fig6.jsonl", found)
+    code, _, err = call(figures.main, ["evolution", tmp_path / "a", "--records",
+                                       tmp_path / "fig6.jsonl", "--out", tmp_path / "a.png"])
+    assert (code, err) == (0, "") and drawn == [[[1, 25], [2, 50]]]
+
+
+def test_robustness_of_a_seed_is_its_latest_whatever_the_order_of_lines(tmp_path, call,
+                                                                        monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots, "save_figure", lambda *words: None)
+    monkeypatch.setattr(plots, "robustness_curves", lambda curves, *words: shown.append(curves))
+    records.write_jsonl(tmp_path / "fig9.jsonl", [attack(0.4, time=2), attack(0.3, time=1)])
+    assert call(figures.main, ["robustness", "--records", tmp_path / "fig9.jsonl", "--out",
+                               tmp_path / "fig9"])[0] == 0
+    assert shown[0]["JEM++", "pgd"][1] == [0.4]
 
 
 @pytest.mark.parametrize("figure", ("robustness", "evolution"))

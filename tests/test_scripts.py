@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,21 @@ def test_train_cpu_trains_a_hybrid_its_twin_and_the_papers_objective(monkeypatch
     assert steps <= found["twin"]["n_epochs"] * (45000 // 128)  # the twin is given no less
     monkeypatch.setenv("MODEL", "other")
     assert shell("bash", "scripts/train_cpu.sh").returncode == 2
+
+
+def test_a_start_that_was_tried_for_some_steps_is_trained_to_its_end(tmp_path):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    stub = tmp_path / "python"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/calls"\n')
+    stub.chmod(0o755)
+    (tmp_path / "run-start").mkdir()
+    env = {**os.environ, "RUN": str(tmp_path / "run"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for steps, n_started in ((100, 1), (4914, 0)):
+        (tmp_path / "run-start" / "train.jsonl").write_text(
+            f'{{"kind": "end", "step": {steps}, "reason": "max_steps"}}\n')
+        (tmp_path / "calls").write_text("")
+        subprocess.run(["bash", "scripts/train_cpu.sh"], cwd=tmp_path, env=env, check=True)
+        assert (tmp_path / "calls").read_text().count("run-start --depth") == n_started
 
 
 def test_a_wrong_flag_ends_a_script_with_code_2():
@@ -165,6 +181,7 @@ def test_every_table_and_figure_is_made_at_tiny_scale_by_one_command(tmp_path):
     ("judge", {"JUDGE": "none"}, "MODEL=judge bash scripts/train_cpu.sh"),
     ("judge", {"JUDGE": "README.md", "MODELS": "README.md none"}, "no model none"),
     ("judge", {"JUDGE": "README.md", "MODELS": "README.md", "N": "7"}, "another N or judge"),
+    ("judge", {"JUDGE": "README.md", "MODELS": "README.md ./README.md"}, "have one name"),
     ("digits", {"SCALE": "tiny"}, "leave SCALE out"), ("reproduce", {"PLAN": "1"}, "no PLAN"),
     *(("table5", {"SEEDS": seeds}, "whole numbers") for seeds in ("1,2", " ", "*", "01", "1 a")),
     ("table2", {"OUT": "README.md"}, "cannot be written")))
@@ -179,9 +196,9 @@ def test_a_script_that_cannot_do_it_says_so_in_a_line(monkeypatch, tmp_path, nam
 
 @pytest.mark.slow
 def test_judge_adds_a_row_for_each_kind_of_image_once(tmp_path):
-    assert train_jempp.main(tiny(tmp_path / "mine", "--n_epochs", "1")) == 0
+    assert train_jempp.main(tiny(tmp_path / "été", "--n_epochs", "1")) == 0
     env = {**os.environ, "RUNS": str(tmp_path), "OUT": str(tmp_path / "out"),
-           **dict.fromkeys(("JUDGE", "MODELS"), str(tmp_path / "mine/best.pt")),
+           **dict.fromkeys(("JUDGE", "MODELS"), str(tmp_path / "été/best.pt")),
            "DATA": str(tmp_path), "N": "20",
            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for _ in range(2):
@@ -191,7 +208,7 @@ def test_judge_adds_a_row_for_each_kind_of_image_once(tmp_path):
     found = [json.loads(line) for line in (tmp_path / "out/judge.jsonl").read_text().splitlines()]
     assert [r["method"] for r in found] == [
         "training images", "training images, against test", "test images",
-        "test images with noise 0.1", "class Gaussians", "buffer of mine"]
+        "test images with noise 0.1", "class Gaussians", "buffer of été"]
     assert {r["metric"] for r in found} == {"fd_features"} and {r["n"] for r in found} == {20}
 
 

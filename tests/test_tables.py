@@ -349,6 +349,28 @@ def test_speed_up_is_the_ratio_within_one_run(tables):
     assert "† JEM, JEM++ M=10 N=5: the time of an iteration of WRN-10-10, batch 64" in text
 
 
+def test_a_time_on_another_data_set_is_not_the_papers(tables):
+    other = [timing("JEM", 900.0, "b", dataset="svhn"),
+             timing("JEM++ M=10 N=5", 100.0, "b", dataset="svhn")]
+    found = [timing("JEM", 300.0), timing("JEM++ M=10 N=5", 150.0), *other]
+    _, rows = table_of(tables({"table4": found})[1], "Table 4")
+    assert rows["JEM++ M=10 N=5"][2] == "2.00"
+
+
+def test_published_models_show_the_latest_number_of_the_checkpoint_as_it_is(tables):
+    folder = tables.folder / "models" / "a"
+    folder.mkdir(parents=True)
+    (tables.folder / "README.md").write_text(f"{make_tables.BEGIN}\n{make_tables.END}\n")
+    anew = {"split": "test", "recalibrate_bn": 5000}
+    train = record("accuracy", 0.99, protocol={"split": "train"}, **SMALL)
+    found = [record("accuracy", 0.5, **SMALL), record("accuracy", 0.6, p_x_weight=0.3, **SMALL),
+             record("accuracy", 0.7, protocol=anew, p_x_weight=0.3, **SMALL), train]
+    found[-1]["training"]["p_x_weight"] = 0.3
+    (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found))
+    _, rows = table_of(tables({})[1], make_tables.MODELS)
+    assert rows["[a](models/a/README.md)"][:2] == ["0.3", "60.0†"]
+
+
 # ------------------------------------------------------------------------- page and errors
 
 def test_page_is_written_checked_and_goes_stale(tables):
@@ -441,6 +463,12 @@ def test_ours_alone_are_means_over_training_seeds_without_those_that_diverged(ta
     assert "| `base` | 60.00 ± 14.14† | 0.20 ± 0.14† | 2 | 0 | 0 |" in out
     assert "| `sam` | 60.00 (n=1)† | 0.20 (n=1)† | 2 | 1 | 0 |" in out
     assert "n is 10,000 for accuracy, gap." in out
+
+
+def test_ours_alone_are_numbers_of_the_test_split(tables):
+    train = record("accuracy", 0.99, "base", protocol={"split": "train"}, time="2027", **SMALL)
+    found = [record("accuracy", 0.5, "base", **SMALL), train]
+    assert "| `base` | 50.00† |" in tables({"options": found}, "--print")[1]
 
 
 def test_recalibrated_numbers_stand_beside_those_of_the_checkpoint_not_in_their_place(tables):
@@ -547,6 +575,33 @@ def test_a_footnote_of_several_rows_says_which_row_is_otherwise(tables):
     text, _ = table_of(tables({"table2": found})[1], "Table 2")
     assert "† JEM++ (M=5), JEM++ (M=10): WRN" in text
     assert ". JEM++ (M=5): p_x_weight 0.1 (paper 1)." in text
+
+
+def test_weights_of_others_stand_beside_ours_in_a_table_of_all_rows(tables):
+    anew = {"split": "test", "sigma": 0.0, "recalibrate_bn": 5000}
+    found = [record("accuracy", 0.93, "WRN w/ BN") | {"training": None},
+             record("accuracy", 0.84, protocol=anew, **SMALL), record("accuracy", 0.80, **SMALL)]
+    for order in (found, found[::-1]):
+        code, out, err = tables({"table2": order})
+        text, rows = table_of(out, make_tables.TOGETHER)
+        assert code == 0 and rows["`WRN w/ BN`"][0] == "93.00†", err
+        assert "WRN-10-1, 3 epochs" in text and "by others (sha256 ffffffff)" in text
+
+
+@pytest.mark.parametrize("other", ({"n": 100}, {"protocol": {"split": "test", "sigma": 0.3}}))
+def test_seeds_measured_in_other_ways_are_not_averaged(tables, other):
+    found = [record("accuracy", 0.5, seed=1, **SMALL | other),
+             record("accuracy", 0.9, seed=2, time="2026-02", **SMALL)]
+    _, rows = table_of(tables({"table2": found})[1], "Table 2")
+    assert rows["JEM++ (M=10)"][1].startswith("90.0")
+
+
+def test_the_judge_of_a_row_is_that_of_its_latest_record(tables):
+    found = [record("fd_features", value, seed=seed, time=time, **SMALL, protocol=GENERATED | {
+        "features_sha256": judge * 64, "n_reference": 9}) for value, seed, judge, time in (
+            (1.0, 1, "a", "2026-01-01"), (2.0, 2, "a", "2026-01-02"), (9.0, 1, "b", "2026-02"))]
+    _, rows = table_of(tables({"table2": found})[1], "Table 2")
+    assert rows["JEM++ (M=10)"][-1] == "9.00†"
 
 
 def test_rollbacks_are_shown(tables):

@@ -1,6 +1,7 @@
 """Several runs at a time: what the scripts plan, and how train_all.py takes it."""
 
 import io
+import math
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 from helpers import RELEASED, tiny
@@ -114,3 +116,21 @@ def test_a_line_tells_how_long_a_run_takes_from_those_beside_it(tmp_path, call):
         del log[0]["args"][name]
     write_jsonl(tmp_path / "a" / "train.jsonl", log)
     assert train_all.about(str(tmp_path / "b"), [*words, "--p_x_weight", "0"]) == softmax
+
+
+def test_what_is_left_of_the_time_goes_to_each_run(monkeypatch, tmp_path):
+    begun = []
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **more: begun.append((words, more)))
+    stop = types.SimpleNamespace(end=math.inf, minutes=lambda: 3.0)
+    train_all.begin(str(tmp_path / "deep" / "a"), ["--seed", "1"], stop, 2)
+    stop.end = 1.0
+    train_all.begin(str(tmp_path / "deep" / "a"), ["--seed", "1"], stop, 2)
+    (plain, more), (limited, _) = begun
+    assert plain[2:] == ["--seed", "1"] and limited[2:] == [*plain[2:], "--max_minutes", "3.00"]
+    assert more["env"]["OMP_NUM_THREADS"] == "2" and more["cwd"] == train_all.ROOT
+    assert (tmp_path / "deep" / "a.log").exists()
+
+
+def test_a_run_that_the_signal_killed_has_stopped(runs):
+    kill = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
+    assert runs({"a": kill})[0] == 75

@@ -152,7 +152,7 @@ def as_rgb(x):
     """
     if x.dim() == 3:
         return F.pad(x, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1).contiguous()
-    return x.permute(0, 3, 1, 2).contiguous() if x.shape[-1] == 3 else x
+    return (x.permute(0, 3, 1, 2) if x.shape[-1] == 3 else x).contiguous()
 
 
 def load(name, root, *, train, download=False, size=None):

@@ -29,6 +29,7 @@ THREADS = min(8, os.cpu_count() or 1)  # Pillow releases Python's lock while it 
 AT_ONCE = 256  # files given to the threads at once
 MOST_BYTES = 2**30  # in a picture's file
 ORDER_SEED = 1234  # of ``fixed_order``
+FOR_NOW = "that could not be opened now"  # a reason that says nothing of the file
 DARKEST = 4096  # if all 16-bit pixels are below this, their range is not 0..65535
 
 
@@ -162,6 +163,8 @@ def reason(error):
         return "no image of a known format"
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+    if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno:
+        return FOR_NOW  # Pillow's own errors have no number
     if isinstance(error, ValueError) and "\n" not in str(error) and len(str(error)) < 60:
         return str(error)
     return "damaged or unreadable"

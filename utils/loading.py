@@ -47,6 +47,7 @@ class LoadedModel(JEM):
         self.settings, self.path = settings, opened.path
         self.register_buffer("replay_buffer", opened.buffer, persistent=False)
 
+    @torch.inference_mode(False)
     def sample(self, n, y=None, n_steps=CHAIN_STEPS, start=None, seed=0):
         """``n`` images [n, 3, H, W] in [-1, 1], from chains of ``n_steps`` outer steps.
 
@@ -88,17 +89,22 @@ class LoadedModel(JEM):
         """A class or labels as int64 [n], or None."""
         if y is None:
             return None
-        y, n_classes = torch.as_tensor(y).cpu(), self.config["n_classes"]
+        n_classes = self.config["n_classes"]
+        refused = InputError(f"y is a class or {n} of them, 0 to {n_classes - 1}")
+        try:
+            y = torch.as_tensor(y).cpu()
+        except (TypeError, ValueError, RuntimeError) as error:  # no numbers, or beyond int64
+            raise refused from error
         if (y.is_floating_point() or y.dim() > 1 or y.numel() not in (1, n)
                 or not ((y >= 0) & (y < n_classes)).all()):
-            raise InputError(f"y is a class or {n} of them, 0 to {n_classes - 1}")
+            raise refused
         return y.long().expand(n)
 
     def beginnings(self, n, y, start, host):
         """The chains' start x_0 [n, 3, H, W]. ``host`` is a generator on the CPU."""
         if start != "buffer":
             try:
-                return self.p0.sample(n, y, host=host, generator=host)
+                return self.of_its_size(self.p0.sample(n, y, host=host, generator=host))
             except Unavailable as error:
                 if start == "p0" or self.replay_buffer is None:
                     raise InputError(f"fresh chains need the training images: {error}; give "
@@ -111,8 +117,19 @@ class LoadedModel(JEM):
         if y is None:
             slots = torch.randint(len(self.replay_buffer), (n,), generator=host)
         else:
-            slots = torch.multinomial(self.buffer_classes.T[y], 1, generator=host).squeeze(1)
+            weights = self.buffer_classes.T[y] + 1e-30  # p(y|x) of all images may underflow
+            slots = torch.multinomial(weights, 1, generator=host).squeeze(1)
         return self.replay_buffer.cpu()[slots]
+
+    def of_its_size(self, x):
+        """Fresh images ``x``. InputError if those of the replay buffer have another size."""
+        buffer = self.replay_buffer
+        if buffer is not None and buffer.shape[1:] != x.shape[1:]:
+            sides = (f"{'x'.join(map(str, images.shape[-2:]))} pixels" for images in (x, buffer))
+            raise InputError(f"images of {self.settings.dataset} have {next(sides)}, those that "
+                             f"{self.path} was trained on {next(sides)}: give load_model its "
+                             "dataset")
+        return x
 
     @functools.cached_property
     def p0(self):

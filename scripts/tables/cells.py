@@ -213,11 +213,11 @@ def described(used, whole=True):
                  f"median of {last['n']} turns"]
         words += [f"{name} {last['protocol'][name]}" for name in ("amp", "compile")
                   if last["protocol"].get(name, "off") != "off"]
-    elif last["training"] is None:
-        hashes = listed([str(r["checkpoint"]["sha256"])[:8] for r in used])
-        words = [f"weights trained by others (sha256 {hashes})"]
     else:
-        words = training_words(last["training"], used, whole)
+        own = [r for r in used if r["training"]]
+        words = training_words(own[-1]["training"], own, whole) if own else []
+        if foreign := [str(r["checkpoint"]["sha256"])[:8] for r in used if not r["training"]]:
+            words.append(f"weights trained by others (sha256 {listed(foreign)})")
     return ", ".join(dict.fromkeys([*words, *map(machine, used)]))
 
 

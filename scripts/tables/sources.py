@@ -223,10 +223,12 @@ def of_row(row, dataset, records):
 
 
 def comparable(latest):
-    """Of {seed: record}, those that the last one compares with: fd_features of its n and judge."""
-    kinds = {seed: (r["n"], *map(r["protocol"].get, JUDGED)) if r["metric"] == "fd_features"
-             else None for seed, r in latest.items()}
-    return {seed: r for seed, r in latest.items() if kinds[seed] == [*kinds.values()][-1]}
+    """Of {seed: record}, those that the last one compares with: of its n and noise, and by its
+    judge in fd_features."""
+    kinds = {seed: (r["n"], *map((r["protocol"] or {}).get, ("sigma", *JUDGED)))
+             for seed, r in latest.items()}
+    in_time = sorted(latest, key=lambda seed: latest[seed]["time"])
+    return {seed: r for seed, r in latest.items() if kinds[seed] == kinds[in_time[-1]]}
 
 
 def measures(record, number):

@@ -20,7 +20,7 @@ from utils.evaluation.inference import predict, recalibrated
 from utils.files.checkpoint import Opened
 from utils.files.records import replacing
 from utils.machine import check_memory
-from utils.own_images import sets_aside
+from utils.own_images import is_own, sets_aside
 from utils.program import InputError, Unavailable, say
 from utils.seeding import generator, seed_layers, seed_step
 
@@ -139,6 +139,11 @@ class Subject:
         if (there := spec_of(self.dataset).n_classes) != n_classes:
             raise InputError(f"{self.label} knows {n_classes} classes, {self.dataset} has {there}: "
                              "choose another --dataset")
+        then, now = (self.opened.args or {}), list(spec_of(self.dataset).names)
+        if is_own(self.dataset) and is_own(then.get("dataset", "")) and now != then.get(
+                "class_names", now):
+            raise InputError(f"{self.label} knows the classes {', '.join(then['class_names'])}, "
+                             f"{self.dataset} has {', '.join(now)}")
         return dict(zip(("train", "valid", "test"), (p.to(self.device) for p in parts),
                         strict=True))
 
