@@ -1,13 +1,18 @@
 """Splits, augmentation as a function of (seed, step), and the messages for missing data."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 import torch.nn.functional as F
-from helpers import ROOT
+import torchvision
+from helpers import ROOT, tiny
 
+import eval_jempp
+import train_jempp
 from samplers import to_pixels
 from utils.data import (
     SPECS,
@@ -19,6 +24,7 @@ from utils.data import (
     load_splits,
     reflect,
 )
+from utils.files.records import read_jsonl
 from utils.plots import to_uint8
 from utils.program import InputError
 from utils.seeding import generator
@@ -127,9 +133,6 @@ def test_class_gaussians_of_a_hundred_classes_fit():
 
 
 def test_svhn_is_read_with_its_labels_through_torchvision(tmp_path, monkeypatch):
-    import scipy.io
-    import torchvision
-
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 5), dtype=np.uint8)
     labels = np.array([[1], [10], [3], [10], [9]])
     for split in ("train", "test"):
@@ -139,6 +142,55 @@ def test_svhn_is_read_with_its_labels_through_torchvision(tmp_path, monkeypatch)
     assert images.y.tolist() == [1, 0, 3, 0, 9]  # SVHN calls zero 10
     assert torch.equal(images.x[2], torch.from_numpy(pixels[..., 2]).permute(2, 0, 1))
     assert len(images.take([0, 1]).digest()) == 64  # every run takes it
+
+
+def write_set(name, root, monkeypatch):
+    """A small data set ``name`` under ``root``: random images, in the files of its authors."""
+    draw, dataset = np.random.default_rng(0), getattr(torchvision.datasets, SPECS[name].source)
+    for split, n in (("train", 60), ("test", 20)):
+        y = np.arange(n) % SPECS[name].n_classes
+        images = draw.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+        if name == "svhn":
+            scipy.io.savemat(root / f"{split}_32x32.mat", {"X": images.transpose(1, 2, 3, 0),
+                                                           "y": np.where(y, y, 10)[:, None]})
+        elif name == "stl10":
+            home = root / "stl10_binary"
+            home.mkdir(exist_ok=True)
+            (home / "class_names.txt").write_text("\n".join(SPECS[name].names))
+            draw.integers(0, 256, (n, 3, 96, 96), dtype=np.uint8).tofile(home / f"{split}_X.bin")
+            (y + 1).astype(np.uint8).tofile(home / f"{split}_y.bin")
+        elif name.startswith("cifar"):
+            home = root / SPECS[name].files
+            home.mkdir(exist_ok=True)
+            content = {"data": images.reshape(n, -1), "labels": y.tolist(), "fine_labels": y}
+            for file, _ in dataset.train_list if split == "train" else dataset.test_list:
+                (home / file).write_bytes(pickle.dumps(content))
+            content = {dataset.meta["key"]: list(SPECS[name].names)}
+            (home / dataset.meta["filename"]).write_bytes(pickle.dumps(content))
+        else:
+            home, kind = root / SPECS[name].files, {"train": "train", "test": "t10k"}[split]
+            home.mkdir(exist_ok=True, parents=True)
+            for file, array in (("images-idx3", images[:, :28, :28, 0]), ("labels-idx1", y)):
+                head = np.array([2048 + array.ndim, *array.shape], dtype=">i4").tobytes()
+                (home / f"{kind}-{file}-ubyte").write_bytes(head + array.astype(np.uint8).tobytes())
+    monkeypatch.setattr(dataset, "_check_integrity", lambda self: True, raising=False)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.source])
+def test_every_data_set_is_trained_and_evaluated(tmp_path, monkeypatch, call, name):
+    write_set(name, tmp_path, monkeypatch)
+    run, root = tmp_path / "run", ["--data_root", tmp_path, "--no-download"]
+    init = "uniform" if name == "cifar100" else "informative"  # not all 100 classes have an image
+    code, _, err = call(train_jempp.main, [*tiny(run, "--dataset", name, "--n_valid", "10", *root,
+                                                 "--init", init, "--max_steps", "1")])
+    assert code == 0, err
+    code, _, err = call(eval_jempp.main, ["--load_path", run / "best.pt", *root, "--eval",
+                                          "accuracy", "ood", "--ood", "uniform"])
+    assert code == 0, err
+    found = read_jsonl(run / "eval" / "results.jsonl")
+    assert [r["n"] for r in found if r["metric"] == "accuracy"][-1] == 20
+    assert {r["protocol"]["out"] for r in found if r["metric"] == "auroc"} == {"uniform"}
 
 
 @pytest.mark.parametrize("name", ("cifar10", "cifar100", "svhn"))
