@@ -27,6 +27,7 @@ class ClassGaussians:
 
     ridge = 1e-4
     rows = 512  # images converted to floats at a time, so that they fit a CPU's cache
+    floats = 2**28  # or so many numbers at a time, on a GPU and for the means: 1 GiB
     few = 8  # up to this many draws of a class, compiled passes are faster than a matrix product
 
     @classmethod
@@ -44,7 +45,7 @@ class ClassGaussians:
         self.pi = counts / counts.sum()
         order = y.argsort(stable=True).to(x.device)
         self.classes = x.flatten(1)[order].split(counts.tolist())  # [n_k, C*H*W] each
-        self.centres = torch.stack([self.class_images(k).mean(0) for k in range(n_classes)])
+        self.centres = torch.stack([self.centre(images) for images in self.classes])
         self.weighted_sum = None
         if compiled and x.device.type == "cpu":
             self.weighted_sum = torch.compile(weighted_sum, fullgraph=True, dynamic=True)
@@ -53,6 +54,13 @@ class ClassGaussians:
     def class_images(self, k):
         """The images of class ``k`` in [-1, 1], one per row [n_k, C*H*W]."""
         return to_pixels(self.classes[k])
+
+    def centre(self, images):
+        """The mean of uint8 images [n, C*H*W] in [-1, 1], a part of them at a time."""
+        parts = images.split(max(self.rows, self.floats // images.shape[1]))
+        if len(parts) == 1:
+            return to_pixels(images).mean(0)
+        return sum(to_pixels(part).sum(0) for part in parts) / len(images)
 
     def means(self):
         """The class centres mu_y [K, C, H, W] (Figs 2, 7, 8)."""
@@ -78,7 +86,9 @@ class ClassGaussians:
             if self.weighted_sum and len(rows) <= self.few:
                 draws += torch.stack([self.weighted_sum(row, images) for row in z])
             else:
-                chunk = len(images) if device.type == "cuda" else self.rows
+                chunk = self.rows
+                if device.type == "cuda":
+                    chunk = max(chunk, self.floats // x.shape[1])
                 for z_part, part in zip(z.split(chunk, 1), images.split(chunk), strict=True):
                     draws.addmm_(z_part, part.float())
             x[rows.to(device, non_blocking=True)] = draws

@@ -32,7 +32,8 @@ ROWS = {  # name: additional flags
     ALL: [],
     "with the other compilation": [],  # off in place of --compile default, or the reverse
     "without --channels_last": ["--no-channels_last"],
-    "without --compile and the collapsed inner loop": ["--compile", "off", "--literal_pyld"],
+    "in float32 without --compile and the collapsed inner loop":
+        ["--amp", "off", "--compile", "off", "--literal_pyld"],
     "without activations in place": [],
     "without keeping freed memory": [],
     "with the other precision": [],  # bf16 in place of float32, or the reverse

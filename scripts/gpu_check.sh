@@ -25,7 +25,10 @@ BENCH=(scripts/benchmark.py --json --device "$DEVICE" --dataset digits --image_s
 SMOKE=(train_jempp.py --device "$DEVICE" --dataset digits --depth 10 --width 1 --n_valid 1389
        --batch_size 16 --buffer_size 100 --n_steps 5 --print_every 1 --num_threads 1)  # 3 steps an epoch
 GRID=(--M 10 --N 5 20)
-SWITCHES=("--compile default" "--compile reduce-overhead" "--amp bf16" --fast)
+SWITCHES=("--compile default" "--compile reduce-overhead" "--amp bf16" --fast
+          "--deterministic --adversarial linf --accumulate 2 --norm group"
+          "--sam 0.1 --p_x_y_weight 1 --ema 0.99 --bn_update real"
+          "--in_steps 0 --sgld_lr 1 --sgld_std 0.01 --eps inf --sample_mode eval --norm none")
 ALONE_SMALL=("" --cudnn_benchmark --tf32 "--amp bf16" "--compile default"
              "--compile reduce-overhead" "--fast --no-channels_last")
 ALONE_BIG=("" "--cudnn_benchmark --tf32" "--cudnn_benchmark --amp bf16"
@@ -35,7 +38,7 @@ if [ "$TINY" ]; then
     PATIENCE=60 BIG=10-1 SMALL=10-1 LAST=10-1
     BENCH+=(--image_size 16 --batch_size 16 --buffer_size 100 --num_threads 1)
     GRID=(--M 2 --N 5 20)
-    SWITCHES=("--compile reduce-overhead" "--amp bf16")
+    SWITCHES=("--compile reduce-overhead" "--amp bf16" "${SWITCHES[@]:4}")
     ALONE_SMALL=("--amp bf16") ALONE_BIG=("--tf32 --cudnn_benchmark")
 fi
 
@@ -79,7 +82,21 @@ smoke() {
         [ "$(grep -cE '"kind": "(resume|end)"' "$run/train.jsonl")" = 2 ]
 }
 
+# evaluated: train the smoke run and evaluate it in every way that needs no download.
+evaluated() {
+    local run="$WORK/run_evaluated"
+    timeout -k 5 "$(limit 60)" "$PYTHON" "${SMOKE[@]}" --run_dir "$run" --max_steps 3 &&
+        timeout -k 5 "$(limit 100)" "$PYTHON" eval_jempp.py --device "$DEVICE" --no-download \
+            --load_path "$run/best.pt" --eval accuracy calibration ood robustness samples best_worst \
+            --ood uniform interp --attacks margin --attack_restarts 1 --n_attack 20 --n_images 50 \
+            --eps_linf 8 --eps_l2 --chain_steps 10
+}
+
 nvidia-smi 2>&1 || true
+if ! "$PYTHON" -c "from utils import machine; print(machine.pick_device('$DEVICE', 0))"; then
+    echo "-- $DEVICE cannot be used: nothing was measured"
+    exit 1
+fi
 "$PYTHON" -c 'import sys, torch, torchvision
 print("python", sys.version.split()[0], "torch", torch.__version__, "cuDNN",
       torch.backends.cudnn.version(), "torchvision", torchvision.__version__)'
@@ -111,6 +128,7 @@ for precision in float32 float64; do
     background check $precision --compile reduce-overhead
 done
 for flags in "${SWITCHES[@]}"; do background smoke $flags; done
+background evaluated
 for i in "${!jobs[@]}"; do
     code=0
     wait "${jobs[$i]}" || code=$?

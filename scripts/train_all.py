@@ -27,6 +27,8 @@ from utils import start  # noqa: E402
 if __name__ == "__main__":
     start.begin()  # before the imports, which take seconds
 
+import torch  # noqa: E402
+
 from scripts.operations import network_of, pflop_of, run_pflop  # noqa: E402
 from scripts.tables import sources  # noqa: E402
 from utils import cli, flags, program  # noqa: E402
@@ -126,15 +128,21 @@ def about(run, words, rows=()):
     return f"{line}, about {minutes:,.0f} minutes{where}"
 
 
-def begin(run, words, stop, threads):
-    """Start a run. Returns its process, whose output goes to RUN.log."""
+def begin(run, words, stop, threads, slot=0):
+    """Start a run. Returns its process, whose output goes to RUN.log.
+
+    Of several GPUs, runs at a time (``slot`` 0, 1, ...) take one each.
+    """
+    own = {"OMP_NUM_THREADS": str(threads)}
+    if (n_gpus := torch.cuda.device_count()) > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        own["CUDA_VISIBLE_DEVICES"] = str(slot % n_gpus)
     if not math.isinf(stop.end):
         words = [*words, "--max_minutes", f"{max(0.01, stop.minutes()):.2f}"]
     Path(run).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run}.log", "a") as log:
         return subprocess.Popen([sys.executable, str(ROOT / "train_jempp.py"), *words], stdout=log,
                                 stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT,
-                                env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+                                env=os.environ | own)
 
 
 def train_all(runs, jobs, stop, rows=()):
@@ -142,14 +150,15 @@ def train_all(runs, jobs, stop, rows=()):
 
     Records of other ``rows`` tell about how long a run takes.
     """
-    waiting, running, codes = list(runs), {}, {}
+    waiting, running, codes, slots = list(runs), {}, {}, {}
     threads = max(1, (os.cpu_count() or 1) // jobs)
     told = False
     while running or (waiting and not stop.signal and stop.minutes() > 0):
         while waiting and len(running) < jobs and not stop.signal and stop.minutes() > 0:
             run = waiting.pop(0)
             program.say(about(run, runs[run], rows))
-            running[run] = begin(run, runs[run], stop, threads)
+            slots[run] = min(set(range(jobs)) - {slots[other] for other in running})
+            running[run] = begin(run, runs[run], stop, threads, slots[run])
         if stop.signal and not told:
             told = True
             for process in running.values():

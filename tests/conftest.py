@@ -1,11 +1,14 @@
 """Fixtures and hooks of all tests. One thread: tiny networks only lose by more."""
 
+import os
 import signal
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of a CPU, their subprocesses too
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)

@@ -10,7 +10,10 @@ from helpers import ROOT, TINY
 
 import train_jempp
 from models import JEM, frozen
-from utils import cli, machine
+from samplers import ClassGaussians
+from scripts import benchmark_switches, train_all
+from utils import cli, distributed, machine
+from utils.evaluation.inference import predict
 
 
 @pytest.fixture
@@ -89,6 +92,67 @@ def test_every_row_of_the_options_script_is_a_command_that_parses():
         flags = [w.replace("$LABELLED", "128") for w in row[4:row.index("--")] if "@" not in w]
         changed = {k for k, v in vars(cli.train_args(flags)).items() if v != defaults[k]}
         assert len(changed) == (row[2] != "baseline"), (row[2], changed)
+
+
+@pytest.mark.parametrize(("name", "number"), (("auto", 1), ("cuda", 1), ("cuda:0", 0)))
+def test_a_gpu_is_chosen_by_its_number(monkeypatch, name, number):
+    """torch.cuda.set_device takes no device without one."""
+    zeros, chosen = torch.zeros, []
+    monkeypatch.setattr(torch, "zeros", lambda n, device: zeros(n))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    assert machine.pick_device(name, 0) == torch.device("cuda", number) and chosen == [number]
+
+
+def test_a_driver_that_torch_cannot_use_is_told(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(machine, "DRIVER", tmp_path)
+    assert machine.pick_device("auto", 0).type == machine.pick_device("cpu", 0).type == "cpu"
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_large_images_are_taken_in_parts(monkeypatch):
+    sizes = []
+    for side in (16, 32, 64):
+        x = torch.zeros(501, 3, side, side, dtype=torch.uint8)
+        model = torch.nn.Module()
+        model.forward = lambda images: sizes.append(len(images)) or images[:, :, 0, 0]
+        assert len(predict(model, x)) == 501
+    assert sizes == [500, 1, 500, 1, 125, 125, 125, 125, 1]
+    x, y = torch.randint(0, 256, (40, 3, 4, 4), dtype=torch.uint8), torch.arange(40) % 2
+    whole = ClassGaussians.fit(x, y, 2).means()
+    monkeypatch.setattr(ClassGaussians, "floats", 48 * 7)
+    monkeypatch.setattr(ClassGaussians, "rows", 3)
+    assert torch.allclose(ClassGaussians.fit(x, y, 2).means(), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
+def test_every_row_of_switches_is_a_command_with_and_without_bf16(monkeypatch, device):
+    for native in (True, False):
+        monkeypatch.setattr(machine, "native_bf16", lambda n=native: n)
+        for words in benchmark_switches.ROWS.values():
+            cli.train_args(["--fast", "--device", device, *words])
+
+
+def test_runs_at_a_time_take_a_gpu_each(monkeypatch, tmp_path):
+    begun = []
+    monkeypatch.setattr(train_all.subprocess, "Popen", lambda words, env, **more: begun.append(
+        env.get("CUDA_VISIBLE_DEVICES")))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    stop = train_all.Stop.__new__(train_all.Stop)
+    stop.end = float("inf")
+    for slot in range(3):
+        train_all.begin(str(tmp_path / "a"), [], stop, 1, slot)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    train_all.begin(str(tmp_path / "a"), [], stop, 1, 1)
+    assert begun == ["0", "1", "0", "5"]
+
+
+def test_several_processes_leave_cuda_graphs_alone(monkeypatch):
+    for world, mode in ((1, "reduce-overhead"), (2, "default")):
+        monkeypatch.setattr(distributed, "world", lambda n=world: n)
+        assert cli.train_args(["--fast", "--device", "cuda"]).compile == mode
 
 
 @pytest.mark.parametrize("tf32", (False, True))

@@ -5,9 +5,11 @@ import logging
 import os
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
+from utils import distributed
 from utils.program import InputError, say
 
 # The settings of --fast by kind of device. A CPU with native bfloat16 gets --amp bf16 as well. One
@@ -15,6 +17,7 @@ from utils.program import InputError, say
 FAST = {"cpu": {"compile": "default"},
         "cuda": {"compile": "reduce-overhead", "amp": "bf16", "cudnn_benchmark": True}}
 BF16_BOUND = 0.03  # ten times the rounding error
+DRIVER = Path("/proc/driver/nvidia/version")
 OFF = {"compile": "off", "amp": "off", "cudnn_benchmark": False}
 
 
@@ -28,6 +31,9 @@ def pick_device(name, num_threads):
         torch.set_num_threads(num_threads)
     if name == "auto":
         name = kind(name)
+        if name == "cpu" and DRIVER.exists():
+            say("the CPU is used: a GPU's driver is here, but it may be too old for torch "
+                f"{torch.__version__}, which cannot use it")
     if name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
         raise InputError(f"--device {name} is one GPU for all processes: type --device cuda")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
@@ -40,10 +46,12 @@ def pick_device(name, num_threads):
         fault = InputError(f"--device {name} cannot be used here: {reason}")
         fault.of_one_process = True  # only ranks without a GPU see this
         raise fault from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
+    if device.type != "cuda":
         keep_freed_memory()
+    elif device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # takes no device without a number
     return device
 
 
@@ -87,6 +95,8 @@ def keep_freed_memory(keep=True):
 def fill_in_switches(args):
     """Set the switches that were not typed: off, or with --fast what is faster on the device."""
     fast = dict(FAST.get(kind(args.device), {})) if args.fast else {}
+    if "compile" in fast and distributed.world() > 1:
+        fast["compile"] = "default"  # CUDA graphs beside DistributedDataParallel are untried
     if args.fast and kind(args.device) == "cpu":
         if torch.backends.cpu.get_cpu_capability() == "AVX2":
             fast["compile"] = "off"
@@ -167,8 +177,9 @@ def set_switches(args, device):
             torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
         except Exception as error:  # a missing or unknown compiler raises many types
             reason = str(error).strip().splitlines()[0][:120]
-            raise InputError(f"--compile {args.compile} needs a working compiler (Linux: g++) "
-                             f"that is not here: install one, or --compile off [{reason}]"
+            needs = "g++ and, for a GPU, Python's headers: python3-dev"
+            raise InputError(f"--compile {args.compile} needs a working compiler (Linux: {needs}) "
+                             f"that is not here: install it, or --compile off [{reason}]"
                              ) from error
 
 

@@ -26,11 +26,14 @@ def pixels(x, start, stop, sigma=0.0, seed=0):
 
 
 @torch.no_grad()
-def predict(model, x, batch_size=500, sigma=0.0, seed=0):
+def predict(model, x, batch_size=None, sigma=0.0, seed=0):
     """Logits [N, K] of uint8 images ``x`` [N, 3, H, W]. Runs in eval mode and restores the mode.
 
+    ``batch_size``: by default as many pixels as 500 images of 32 x 32 have, or 500 smaller ones.
     ``sigma`` and ``seed`` determine the noise, as in ``pixels``.
     """
+    batch_size = batch_size or max(1, min(500, 500 * 32**2 // (x.shape[2] * x.shape[3])))
+
     def logits(start):
         return model(pixels(x, start, start + batch_size, sigma, seed)).cpu()
 
