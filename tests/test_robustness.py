@@ -305,6 +305,12 @@ def test_attack_that_cheats_is_caught():
             robustness.robust_accuracy(model, x, y, [1], "linf", cheat)
 
 
+def test_foolbox_missing_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "foolbox", None)
+    with pytest.raises(InputError, match="foolbox is not installed: pip install -r req"):
+        pgd_accuracy(network(), *easy_images(), [1], "linf")
+
+
 def test_autoattack_missing_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     x, y = easy_images()

@@ -25,7 +25,7 @@ def runs(monkeypatch, tmp_path, call):
     """Call train_all.py with {name: what the run does}; (code, lines)."""
     monkeypatch.chdir(tmp_path)
 
-    def begin(run, words, stop, threads):
+    def begin(run, words, stop, threads, slot):
         with open(f"{run}.log", "w") as log:
             return subprocess.Popen([sys.executable, "-c", words[0]], stderr=log)
 

@@ -210,7 +210,7 @@ def test_conditional_chains_begin_and_descend_by_their_class(monkeypatch):
     start, _ = s.chains(10, torch.arange(10))
     assert (start[:, 0, 0, 0] * 10).round().tolist() == list(range(10))
     assert torch.equal(seen[0], torch.arange(10))
-    jem = SimpleNamespace(p0=Greys(), replay_buffer=None)
+    jem = SimpleNamespace(p0=Greys(), replay_buffer=None, of_its_size=lambda x: x)
     x_0 = LoadedModel.beginnings(jem, 3, torch.tensor([4, 2, 9]), "p0", generator("cpu", 0))
     assert (x_0[:, 0, 0, 0] * 10).round().tolist() == [4, 2, 9]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import os
 import re
 import signal
@@ -23,7 +24,15 @@ class InputError(Exception):
 
 
 class Unavailable(InputError):
-    """A data set or weights file is missing. Whatever needs it is skipped."""
+    """A data set, weights file or package is missing. Whatever needs it is skipped."""
+
+
+def needed(name):
+    """The package ``name`` of requirements.txt. Unavailable if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise Unavailable(f"{name} is not installed: pip install -r requirements.txt") from None
 
 
 def run(main):

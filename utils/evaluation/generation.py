@@ -28,7 +28,7 @@ from utils.files import torch_files
 from utils.files.records import replacing
 from utils.files.regular import regular
 from utils.files.torch_files import one_line
-from utils.program import InputError, Unavailable
+from utils.program import InputError, Unavailable, needed
 
 # pytorch-fid's FID_WEIGHTS_URL. pytorch-fid is imported where it is used: that takes seconds.
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -48,16 +48,15 @@ def inception(weights=None, download=True):
     the one that pytorch-fid downloads. Unavailable if there is none, InputError if the file holds
     something else.
     """
-    import pytorch_fid.inception
-
+    pytorch_fid = needed("pytorch_fid.inception")
     with distributed.first_goes_ahead():
         path = find_weights(weights, download and distributed.rank() == 0)
     try:
         state, sha256 = torch_files.read_hashed(path)
         # pytorch-fid does not accept a weights file. It fetches its weights with this function ...
-        with mock.patch.object(pytorch_fid.inception, "load_state_dict_from_url",
+        with mock.patch.object(pytorch_fid, "load_state_dict_from_url",
                                lambda *args, **kwargs: state):
-            network = pytorch_fid.inception.InceptionV3()
+            network = pytorch_fid.InceptionV3()
         # ... and drops the last layer. The Inception Score traditionally omits that layer's bias.
         network.last = nn.Parameter(state["fc.weight"], requires_grad=False)
     except (InputError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
@@ -138,8 +137,7 @@ def frechet_distance(stats_a, stats_b):
     Each argument starts with a mean [d] and a covariance [d, d]. Unavailable if their shapes differ
     or if pytorch-fid finds no real square root because they are nearly singular.
     """
-    from pytorch_fid.fid_score import calculate_frechet_distance
-
+    calculate_frechet_distance = needed("pytorch_fid.fid_score").calculate_frechet_distance
     try:
         with contextlib.redirect_stdout(sys.stderr):  # pytorch-fid prints remarks
             return float(calculate_frechet_distance(*stats_a[:2], *stats_b[:2]))

@@ -18,7 +18,7 @@ from samplers import to_pixels
 from utils import distributed
 from utils.evaluation.inference import predict
 from utils.machine import eager
-from utils.program import InputError, Unavailable
+from utils.program import InputError, Unavailable, needed
 from utils.seeding import generator
 
 AUTOATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")  # its standard version, in its order
@@ -93,8 +93,7 @@ def random_starts(x, norm, seed, indices, restart=0):
 def foolbox_pgd(model, x, y, radius, norm, *, steps, rel_stepsize, start=None):
     """foolbox's PGD: the last of ``steps`` iterates [B, C, H, W], from x + radius * ``start``."""
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # or foolbox requires a git binary
-    import eagerpy
-    import foolbox
+    eagerpy, foolbox = needed("eagerpy"), needed("foolbox")
     kind = foolbox.attacks.LinfPGD if norm == "linf" else foolbox.attacks.L2PGD
     attack = kind(rel_stepsize=rel_stepsize, steps=steps, random_start=start is not None)
     # foolbox's own start would use torch's global random stream for a whole batch
