@@ -142,7 +142,7 @@ measure() {
     local file="$RUNS/$run/eval/$table.$$.jsonl" checkpoint="$RUNS/$run/$CHECKPOINT" picture latest
     if [ -n "${PLAN:-}" ]; then return; fi
     if [ ! -e "$checkpoint" ] && ! ended "$run" diverged; then
-        echo "$run has ended and $checkpoint is not there" >&2
+        echo "$run has ended and $checkpoint is not there: remove $RUNS/$run to train it again" >&2
         return 2
     fi
     mkdir -p "$RUNS/$run/eval"

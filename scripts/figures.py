@@ -193,7 +193,7 @@ def robustness(args):
         p = r["protocol"]
         eps = p.get("eps_255", p.get("eps"))
         lines[p["norm"]][r["method"], p["attack"]][float(eps)][sources.seed_of(r)] = r["value"]
-    mark_diverged(lines, measures)
+    mark_diverged(lines, [r for r in measures if r["dataset"] == kept[-1]["dataset"]])
     for norm, curves_of in lines.items():
         points = {key: mean_and_spread(line) for key, line in curves_of.items()}
         plots.save_figure(f"{args.out}_{norm}.png", plots.robustness_curves(

@@ -27,6 +27,20 @@ def tiny(run_dir, *more):
     return [str(word) for word in (*TINY, "--run_dir", run_dir, *more)]
 
 
+def inject(monkeypatch, *steps):
+    """A NaN loss after each of ``steps``, one a random stream."""
+    real, left = train_jempp.train_step, list(steps)
+
+    def step(args, setup, draw):
+        metrics, state = real(args, setup, draw), setup.state
+        if left and state.step == left[0] and state.rollbacks == len(steps) - len(left):
+            left.pop(0)
+            metrics["loss"] = metrics["loss"] * float("nan")
+        return metrics
+
+    monkeypatch.setattr(train_jempp, "train_step", step)
+
+
 # -- checkpoints ----------------------------------------------------------------------------------
 def flat(content, path=""):
     """(name, tensor) of every tensor in a checkpoint."""

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import RELEASED, TINY, same_state, tiny
+from helpers import RELEASED, TINY, inject, same_state, tiny
 
 import train_jempp
 from models import JEM, statistics_kept
@@ -236,15 +236,7 @@ def test_means_are_over_the_steps_that_have_the_term():
 def test_a_rollback_to_the_classifier_keeps_the_best_jem(tmp_path, monkeypatch):
     scores = iter(2 * [0.9] + 2 * [0.5] + 2 * [0.9] + 4 * [0.3])  # twice each: valid and test
     monkeypatch.setattr(train_jempp, "accuracy", lambda *_: next(scores))
-    step, done = train_jempp.train_step, []
-
-    def faulty(args, setup, draw):
-        metrics = step(args, setup, draw)
-        if setup.state.step == 8 and not done:
-            done.append(metrics.update(loss=metrics["loss"] * float("nan")))
-        return metrics
-
-    monkeypatch.setattr(train_jempp, "train_step", faulty)
+    inject(monkeypatch, 8)
     assert train_jempp.main(tiny(tmp_path, "--n_epochs", "3", "--p_x_from", "1", "--good_after",
                                  "100")) == 0
     best = checkpoint.load(tmp_path / "best.pt")

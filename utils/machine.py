@@ -48,10 +48,10 @@ def pick_device(name, num_threads):
         raise fault from error
     if device.type != "cuda":
         keep_freed_memory()
-    elif device.index is None:
+        return device
+    if device.index is None:  # set_device takes no device without a number
         device = torch.device("cuda", torch.cuda.current_device())
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # takes no device without a number
+    torch.cuda.set_device(device)
     return device
 
 

@@ -143,7 +143,7 @@ class Subject:
         if is_own(self.dataset) and is_own(then.get("dataset", "")) and now != then.get(
                 "class_names", now):
             raise InputError(f"{self.label} knows the classes {', '.join(then['class_names'])}, "
-                             f"{self.dataset} has {', '.join(now)}")
+                             f"{self.dataset} has {', '.join(now)}: give them the same names")
         return dict(zip(("train", "valid", "test"), (p.to(self.device) for p in parts),
                         strict=True))
 
